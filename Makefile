@@ -1,0 +1,48 @@
+# Two commands for everybody: `make demo` and `make test`. Each does all of its own set-up.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The tests and the demo never need an account, a network service or telemetry.
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test style quality bench docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/hf-ext demo
+
+test: $(VENV)/.dev quality
+	$(BIN)/python -m pytest -m "not gpu"
+
+# Rewrites: formatting, fixable lint, the generated tables of README and docs.
+style: $(VENV)/.dev docs
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Checks only: formatting, lint, types.
+quality: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m docs.generate
+
+# Every script prints its ratios and rewrites its file in benchmarks/results/.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.run_all
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,44 @@
+"""hf_ext: published methods as drop-in parts of the Hugging Face libraries.
+
+Importing the package registers its PEFT types, so that `get_peft_model`, `PeftModel.from_pretrained` and
+`model.load_adapter` know them. Every other name is imported when it is first used.
+Set `HF_EXT_AUTO_REGISTER=0` to register explicitly with `hf_ext.tuners.register()` instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from hf_ext.registry import public_names
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    **public_names(),
+    "KnowledgeEditingEvaluator": "hf_ext.metrics.editing",
+    "load_edits": "hf_ext.metrics.editing",
+    "run_editing": "hf_ext.metrics.editing",
+    "build_card": "hf_ext.model_cards",
+    "publish": "hf_ext.model_cards",
+}
+__all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if os.environ.get("HF_EXT_AUTO_REGISTER", "1") != "0":
+    from hf_ext.tuners import register
+
+    register()

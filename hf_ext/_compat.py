@@ -1,0 +1,112 @@
+"""Every touch of a private or version-dependent part of another library, each with its reason.
+
+Each function has a test in tests/test_compat.py that fails loudly when upstream changes what it relies on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+# -- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Add the member `name` to `PeftType` and return it; the existing one if there is one already.
+
+    `register_peft_method` accepts only names that are members, and `enum` offers no way to add one at run time. A plain
+    string would not do: PEFT and transformers read `.value` and iterate over `list(PeftType)`.
+
+    Raises:
+        RuntimeError: the interpreter's `enum` does not take the member in every way that PEFT uses it.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # CPython 3.13 keeps a second list of values for its membership test.
+    if "_hashable_values_" in vars(PeftType):
+        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
+    _check_member(member, name)
+    return member
+
+
+def _check_member(member: PeftType, name: str) -> None:
+    uses = {
+        "PeftType(name)": lambda: PeftType(name) is member,
+        "PeftType[name]": lambda: PeftType[name] is member,
+        "PeftType.name": lambda: PeftType.__dict__[name] is member,
+        "iteration": lambda: member in list(PeftType) and name in list(PeftType),
+        "equality and hash": lambda: member == name and {member: 1}[name] == 1,
+        "value": lambda: member.value == name and member.name == name,
+        "json": lambda: json.loads(json.dumps({"t": member})) == {"t": name},
+        "deepcopy": lambda: copy.deepcopy(member) is member,
+        "pickle": lambda: pickle.loads(pickle.dumps(member)) is member,
+    }
+    failed = [use for use, works in uses.items() if not works()]
+    if failed:
+        raise RuntimeError(
+            f"PeftType.{name} could not be added on this Python: {', '.join(failed)} failed. Please report it with your "
+            "Python version; until then the type cannot be used."
+        )
+
+
+def peft_type(name: str) -> PeftType:
+    """The registered member `name`.
+
+    Raises:
+        RuntimeError: registration was switched off and `hf_ext.tuners.register()` has not run.
+    """
+    if name not in PeftType.__members__:
+        raise RuntimeError(f"PeftType.{name} is not registered; call hf_ext.tuners.register() first.")
+    return PeftType[name]
+
+
+def register_tuner(name: str, config_cls: type[PeftConfig], model_cls: type, prefix: str) -> bool:
+    """Register a tuner under `name` (upper case) unless PEFT already has one of that name; True if it is ours afterwards.
+
+    PEFT wins a collision: its own implementation stays in place, and ours stays importable under its module.
+    """
+    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)  # the keys are str members, so a plain name finds them
+    if existing is None:
+        extend_peft_type(name)
+        register_peft_method(
+            name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix, is_mixed_compatible=True
+        )
+        return True
+    if existing.__module__ == config_cls.__module__:
+        return True
+    warnings.warn(
+        f"PEFT already provides the type {name} ({existing.__module__}.{existing.__qualname__}); it stays in place, and "
+        f"adapters of this type load with it. Ours remains importable as {config_cls.__module__}.{config_cls.__qualname__}.",
+        stacklevel=4,
+    )
+    return False
+
+
+def allow_hotswap(name: str) -> None:
+    """Let `peft.utils.hotswap` exchange adapters of a LoRA-shaped type: its table of types is module-level data."""
+    from peft.utils import hotswap
+
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name]] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def allow_mixing(name: str) -> None:
+    """Let `get_peft_model(mixed=True)` combine a LoRA-shaped type with others: the gate is one tuple in two modules."""
+    from peft.tuners import mixed
+    from peft.tuners.mixed import model
+
+    if PeftType[name] not in model.COMPATIBLE_TUNER_TYPES:
+        model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = (*model.COMPATIBLE_TUNER_TYPES, PeftType[name])

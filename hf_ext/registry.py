@@ -1,0 +1,129 @@
+"""The one list of methods.
+
+Everything that speaks about methods reads it from here: the table in README.md, the index of docs/methods, the sections of
+a model card, `hf-ext methods`, the public names of the package and the tests that keep these in agreement. The module is
+plain data: it imports nothing, so reading it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Attributes:
+        slug: lower-case identifier; also the Hub tag, the docs page and the folder name.
+        name: the name as the authors write it.
+        kind: where it plugs in: `"PEFT type"`, `"TRL trainer"`, `"cache"` or `"pipeline"`.
+        summary: one sentence for tables and cards: what it does for the user.
+        paper_title: title of the paper.
+        arxiv: arXiv id, e.g. `"2406.10777"`.
+        citation: BibTeX entry.
+        entry_points: public names and the modules that define them, first the one a user starts with.
+        changes: one sentence for the model card: what the method does to a model's weights or behaviour.
+        limits: known limits, one sentence each; they are printed in every card.
+        peft_type: the `PeftType` member, for PEFT types.
+    """
+
+    slug: str
+    name: str
+    kind: str
+    summary: str
+    paper_title: str
+    arxiv: str
+    citation: str
+    entry_points: dict[str, str]
+    changes: str
+    limits: tuple[str, ...]
+    peft_type: str | None = None
+
+    @property
+    def paper_url(self) -> str:
+        return f"https://huggingface.co/papers/{self.arxiv}"
+
+    @property
+    def docs_page(self) -> str:
+        return f"docs/methods/{self.slug}.md"
+
+
+ROSELORA = Method(
+    slug="roselora",
+    name="RoseLoRA",
+    kind="PEFT type",
+    summary="LoRA whose update stays row- and column-sparse: edits and fine-tunes that leave unrelated knowledge alone",
+    paper_title=(
+        "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model "
+        "for Knowledge Editing and Fine-tuning"
+    ),
+    arxiv="2406.10777",
+    citation="""@inproceedings{wang2024roselora,
+  title     = {RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for Knowledge Editing and Fine-tuning},
+  author    = {Wang, Haoyu and Liu, Tianci and Li, Ruirui and Cheng, Monica and Zhao, Tuo and Gao, Jing},
+  booktitle = {Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing},
+  pages     = {996--1008},
+  year      = {2024},
+}""",
+    entry_points={
+        "RoseLoraConfig": "hf_ext.tuners.roselora",
+        "RoseLoraModel": "hf_ext.tuners.roselora",
+        "RoseLoraCallback": "hf_ext.tuners.roselora",
+    },
+    changes=(
+        "During training every row of `lora_A` and every column of `lora_B` is pruned to a small share of its entries, "
+        "so that the merged update touches only a few entries of each adapted weight."
+    ),
+    limits=(
+        "The target sparsity matters most and should be tuned for every task.",
+        "A very sparse update has little capacity: hundreds of unrelated edits do not fit into one adapter.",
+        "The method was not designed for long sequences of edits applied one after another.",
+    ),
+    peft_type="ROSELORA",
+)
+
+OVERTONE = Method(
+    slug="overtone",
+    name="OVERTONE",
+    kind="TRL trainer",
+    summary="a token loss that stops pushing answer tokens which are already learnt: less damage around an edited fact",
+    paper_title="Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing",
+    arxiv="2502.00602",
+    citation="""@inproceedings{liu2025overtone,
+  title     = {Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing},
+  author    = {Liu, Tianci and Li, Ruirui and Dong, Zihan and Liu, Hui and Tang, Xianfeng and Yin, Qingyu and Zhang, Linjun and Wang, Haoyu and Gao, Jing},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2025},
+}""",
+    entry_points={
+        "OvertoneTrainer": "hf_ext.trainers.overtone",
+        "OvertoneConfig": "hf_ext.trainers.overtone",
+        "OvertoneLoss": "hf_ext.trainers.overtone",
+        "OvertoneMixin": "hf_ext.trainers.overtone",
+        "OvertoneSaturationCallback": "hf_ext.trainers.overtone",
+    },
+    changes=(
+        "The one-hot target of each answer token is mixed with the model's own filtered prediction, and a token whose "
+        "divergence from that target is small enough contributes no gradient."
+    ),
+    limits=(
+        "It changes the loss only: how far an edit reaches still depends on what is trained.",
+        "Multi-hop reasoning over an edited fact is not guaranteed and should be measured.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE)
+
+
+def method(slug: str) -> Method:
+    """The method called `slug`; raises `KeyError` listing the known ones."""
+    for candidate in METHODS:
+        if candidate.slug == slug:
+            return candidate
+    raise KeyError(f"unknown method {slug!r}; known: {', '.join(m.slug for m in METHODS)}")
+
+
+def public_names() -> dict[str, str]:
+    """Public names of all methods with the modules that define them."""
+    return {name: module for entry in METHODS for name, module in entry.entry_points.items()}
