@@ -23,7 +23,7 @@ _LAZY = {
     "build_card": "hf_ext.model_cards",
     "publish": "hf_ext.model_cards",
 }
-__all__ = ["__version__", *sorted(_LAZY)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_LAZY)]
 
 
 def __getattr__(name: str) -> Any:
