@@ -5,9 +5,11 @@ Each function has a test in tests/test_compat.py that fails loudly when upstream
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
+import types
 import warnings
 
 from peft import PeftConfig
@@ -55,7 +57,14 @@ def _check_member(member: PeftType, name: str) -> None:
         "deepcopy": lambda: copy.deepcopy(member) is member,
         "pickle": lambda: pickle.loads(pickle.dumps(member)) is member,
     }
-    failed = [use for use, works in uses.items() if not works()]
+
+    def works(use: str) -> bool:
+        try:
+            return uses[use]()
+        except Exception:
+            return False
+
+    failed = [use for use in uses if not works(use)]
     if failed:
         raise RuntimeError(
             f"PeftType.{name} could not be added on this Python: {', '.join(failed)} failed. Please report it with your "
@@ -79,12 +88,10 @@ def register_tuner(name: str, config_cls: type[PeftConfig], model_cls: type, pre
 
     PEFT wins a collision: its own implementation stays in place, and ours stays importable under its module.
     """
-    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)  # the keys are str members, so a plain name finds them
+    existing = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name]) if name in PeftType.__members__ else None
     if existing is None:
         extend_peft_type(name)
-        register_peft_method(
-            name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix, is_mixed_compatible=True
-        )
+        register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=prefix)
         return True
     if existing.__module__ == config_cls.__module__:
         return True
@@ -103,10 +110,36 @@ def allow_hotswap(name: str) -> None:
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name]] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
 
 
-def allow_mixing(name: str) -> None:
-    """Let `get_peft_model(mixed=True)` combine a LoRA-shaped type with others: the gate is one tuple in two modules."""
-    from peft.tuners import mixed
-    from peft.tuners.mixed import model
+# -- TRL, for hf_ext.trainers.overtone (imported inside the functions: `import hf_ext` must not import trl) ------------
 
-    if PeftType[name] not in model.COMPATIBLE_TUNER_TYPES:
-        model.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES = (*model.COMPATIBLE_TUNER_TYPES, PeftType[name])
+
+def fused_lm_head_output() -> type:
+    """What `model(..., fused_lm_head=True)` returns to a TRL trainer; TRL exports the patch but not the output class."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    return FusedCausalLMOutput
+
+
+def gathered_lm_head(*parameters):
+    """A context in which parameters partitioned by DeepSpeed ZeRO-3 are whole; TRL's own helper, not exported by it.
+
+    Reading `lm_head.weight` without calling the module bypasses the hook that would gather it.
+    """
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
+@contextlib.contextmanager
+def without_appended_eos(trainer):
+    """Let `SFTTrainer._prepare_dataset` append no end token: TRL 1.16 has no option for it.
+
+    The method appends `self._tokenizer.eos_token` unless the text already ends with it, and reads nothing else from that
+    attribute; every text ends with the empty string. Another use would fail loudly on the stand-in.
+    """
+    tokenizer = trainer._tokenizer
+    trainer._tokenizer = types.SimpleNamespace(eos_token="")
+    try:
+        yield
+    finally:
+        trainer._tokenizer = tokenizer

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 
-def register(mixed: bool = False) -> dict[str, bool]:
+def register() -> dict[str, bool]:
     """Register our types with PEFT; calling it again changes nothing.
-
-    Args:
-        mixed: also admit them to `get_peft_model(..., mixed=True)`, which widens a module-level tuple of PEFT.
 
     Returns:
         Type names, each with whether PEFT now builds our implementation. False means that the installed PEFT ships a
         type of the same name, which then stays in place (a warning says so).
     """
-    from hf_ext._compat import allow_hotswap, allow_mixing, extend_peft_type, register_tuner
+    from hf_ext._compat import allow_hotswap, extend_peft_type, register_tuner
 
     # The member comes first: a configuration names it as soon as it is made.
     extend_peft_type("ROSELORA")
@@ -23,6 +20,4 @@ def register(mixed: bool = False) -> dict[str, bool]:
     for name, is_ours in ours.items():
         if is_ours:
             allow_hotswap(name)
-            if mixed:
-                allow_mixing(name)
     return ours

@@ -55,8 +55,7 @@ class RoseLoraCallback(TrainerCallback):
                     stacklevel=2,
                 )
         if state.global_step:
-            default = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            RoseLoraState(model).load(self.resume_from_checkpoint or default)
+            RoseLoraState(model).load(self.resume_from_checkpoint or _checkpoint(args, state))
         else:
             pruning.restart(model)
 
@@ -81,7 +80,7 @@ class RoseLoraCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         snapshot = RoseLoraState(kwargs["model"]).state_dict()  # on every rank: gathering shards is collective
         if state.is_world_process_zero:
-            write_state(snapshot, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            write_state(snapshot, _checkpoint(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,3 +95,8 @@ class RoseLoraCallback(TrainerCallback):
                 )
             if state.log_history and state.is_world_process_zero:
                 state.log_history[-1][f"roselora/{name}/delta_density"] = density_report(model, name).density
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder into which the Trainer saves this step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

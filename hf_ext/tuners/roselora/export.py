@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from hf_ext.tuners.roselora.config import RoseLoraConfig
+from hf_ext.tuners.roselora.pruning import detach
 
 
 def relabel_as_lora(model: nn.Module, adapter_name: str = "default") -> None:
@@ -19,8 +21,6 @@ def relabel_as_lora(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         ValueError: the model has no RoseLoRA adapter of that name.
     """
-    from hf_ext.tuners.roselora.pruning import detach
-
     _configs(model)[adapter_name] = _rose_config(model, adapter_name).to_lora_config()
     detach(model, adapter_name)
 
@@ -40,9 +40,9 @@ def save_as_lora(model: PeftModel, folder: str | os.PathLike[str], adapter_name:
         configs[adapter_name] = config
 
 
-def _configs(model: nn.Module) -> dict[str, object]:
+def _configs(model: nn.Module) -> dict[str, PeftConfig]:
     # A PeftModel, and any model that adapters were injected into, keeps its configurations in this attribute.
-    return model.peft_config
+    return cast(dict[str, PeftConfig], model.peft_config)
 
 
 def _rose_config(model: nn.Module, adapter_name: str) -> RoseLoraConfig:

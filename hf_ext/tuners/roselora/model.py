@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraModel
 from torch import nn
 
 from hf_ext.tuners.roselora import pruning
+from hf_ext.tuners.roselora.config import RoseLoraConfig
 from hf_ext.tuners.roselora.density import DensityReport, density_report
 
 
@@ -32,7 +33,7 @@ class RoseLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        pruning.attach(model, adapter_name, self.peft_config[adapter_name])
+        pruning.attach(model, adapter_name, cast(RoseLoraConfig, self.peft_config[adapter_name]))
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -106,7 +106,8 @@ class SparsePatch:
             flat = targets[name].view(-1)
             index = entry.index.to(flat.device)
             self._replaced[name] = flat[index]
-            flat[index] += entry.delta.to(flat)
+            # In the wider dtype, as PEFT merges: a bf16 weight is rounded once.
+            flat[index] = (flat[index] + entry.delta.to(flat.device)).to(flat.dtype)
 
     @torch.no_grad()
     def revert(self, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -136,7 +136,7 @@ class LayerPruner:
         self._layer = weakref.ref(state["layer"])
         _watch(self)
 
-    def factors(self, adapter_name: str) -> dict[str, tuple[nn.Parameter, int]]:
+    def factors(self, adapter_name: str) -> dict[str, tuple[Any, int]]:
         """The parameters of A and B, each with the dimension along its lines. Empty if the adapter was deleted."""
         layer = self._layer()
         if layer is None:
@@ -225,7 +225,7 @@ def prune(factors: Iterable[Factor]) -> None:
             continue
         if factor.state.mask is not None:
             _apply(factor, factor.state.mask)
-        elif factor.state.importance is not None:
+        elif factor.state.importance is not None:  # a factor that never had a gradient is left alone
             keep = keep_count(factor.parameter.shape[factor.dim], factor.schedule.density)
             alike[(factor.parameter.shape, factor.dim, factor.parameter.device, keep, factor.schedule)].append(factor)
     for (_, dim, _, _, schedule), group in alike.items():
@@ -238,7 +238,7 @@ def prune(factors: Iterable[Factor]) -> None:
 
 def _select(group: list[Factor], dim: int, schedule: PruningSchedule) -> list[Tensor]:
     """Masks for factors of one shape, sharded as the factors are."""
-    scores = torch.stack([_lines(whole(f.state.importance, f.parameter), dim) for f in group])
+    scores = torch.stack([_lines(whole(cast(Tensor, f.state.importance), f.parameter), dim) for f in group])
     masks = MASK_RULES[schedule.config.mask_rule](scores, schedule.density, dim)
     return [shard(m.view(f.parameter.shape), f.parameter) for m, f in zip(masks, group, strict=True)]
 

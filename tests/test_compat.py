@@ -1,0 +1,24 @@
+"""Each touch of another library's inside, so that a new version of it fails here and says where."""
+
+import pytest
+from peft import PeftType
+from peft.utils import hotswap
+
+from hf_ext import _compat
+
+
+def test_enum_extension_checks_itself():
+    class Stubborn(str):
+        value = name = "ROSELORA"
+
+    with pytest.raises(RuntimeError, match=r"PeftType.ROSELORA could not be added.*PeftType\(name\)"):
+        _compat._check_member(Stubborn("ROSELORA"), "ROSELORA")
+
+
+def test_hotswap_table_is_where_we_expect_it():
+    assert hotswap.CONFIG_KEYS_TO_CHECK[PeftType.ROSELORA] == hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def test_an_unregistered_type_is_named():
+    with pytest.raises(RuntimeError, match=r"PeftType.UNKNOWN is not registered; call hf_ext.tuners.register"):
+        _compat.peft_type("UNKNOWN")
