@@ -11,6 +11,7 @@ import json
 import pickle
 import types
 import warnings
+from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -30,7 +31,7 @@ def extend_peft_type(name: str) -> PeftType:
     """
     if name in PeftType.__members__:
         return PeftType[name]
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
@@ -45,7 +46,7 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def _check_member(member: PeftType, name: str) -> None:
+def _check_member(member: Any, name: str) -> None:
     uses = {
         "PeftType(name)": lambda: PeftType(name) is member,
         "PeftType[name]": lambda: PeftType[name] is member,

@@ -97,8 +97,8 @@ def density_report(model: nn.Module, adapter_name: str | None = None) -> Density
     return DensityReport(tuple(layers))
 
 
-def lora_factors(layer: LoraLayer, adapter_name: str | None) -> tuple[Tensor, Tensor] | None:
-    """A [E, r, I] and B [E, O, r] of one layer, E the number of expert weights (1 elsewhere); None if absent."""
+def lora_factors(layer: Any, adapter_name: str | None) -> tuple[Tensor, Tensor] | None:
+    """A [E, r, I] and B [E, O, r] of a LoRA layer, E the number of expert weights (1 elsewhere); None if absent."""
     if adapter_name in layer.lora_A:
         a, b = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
     elif adapter_name in layer.lora_embedding_A:

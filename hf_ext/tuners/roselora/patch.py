@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -185,7 +186,7 @@ def _weight_name(module_name: str, layer: LoraLayer) -> str:
     return f"{plain}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else f"{plain}.weight"
 
 
-def _entry(layer: LoraLayer, adapter_name: str) -> PatchEntry:
+def _entry(layer: Any, adapter_name: str) -> PatchEntry:
     delta = layer.get_delta_weight(adapter_name).contiguous()
     index = delta.view(-1).nonzero().squeeze(1)
     weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight

@@ -8,6 +8,7 @@ casts an adapter.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -126,6 +127,7 @@ class LayerPruner:
 
     def __init__(self, layer: LoraLayer) -> None:
         self.adapters: dict[str, AdapterState] = {}
+        self.number = next(_NUMBERS)
         self._layer = weakref.ref(layer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class LayerPruner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.adapters = state["adapters"]
+        self.number = next(_NUMBERS)
         self._layer = weakref.ref(state["layer"])
         _watch(self)
 
@@ -163,13 +166,15 @@ class LayerPruner:
 
 # -- which layers are alive, and the hooks that look for them ---------------------------------------------------------
 
-_LIVE: weakref.WeakSet[LayerPruner] = weakref.WeakSet()
+# In order of attachment, which is the same on every rank: choosing along a sharded line is a collective operation.
+_LIVE: weakref.WeakValueDictionary[int, LayerPruner] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 _HANDLES: list[Any] = []
 _IN_STEP: dict[int, list[Factor]] = {}
 
 
 def _watch(pruner: LayerPruner) -> None:
-    _LIVE.add(pruner)
+    _LIVE[pruner.number] = pruner
     if not _HANDLES:
         _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
         _HANDLES.append(register_optimizer_step_post_hook(_after_step))
@@ -179,7 +184,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if not _LIVE:
         return
     stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    factors = [f for pruner in list(_LIVE) for f in pruner.trainable() if id(f.parameter) in stepping]
+    factors = [f for pruner in list(_LIVE.values()) for f in pruner.trainable() if id(f.parameter) in stepping]
     advance(factors)
     for factor in factors:
         if factor.parameter.grad is not None:
@@ -294,9 +299,9 @@ def detach(model: nn.Module, adapter_name: str) -> None:
     """Forget the adapter; the hooks go with the last one."""
     for pruner in pruners(model):
         pruner.adapters.pop(adapter_name, None)
-    for pruner in list(_LIVE):
+    for number, pruner in list(_LIVE.items()):
         if not pruner.adapters:
-            _LIVE.discard(pruner)
+            del _LIVE[number]
     while _HANDLES and not _LIVE:
         _HANDLES.pop().remove()
 
