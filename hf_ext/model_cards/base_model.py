@@ -1,0 +1,118 @@
+"""Which base model a checkpoint was made from, told without giving away where it lies on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Identity of a base model.
+
+    Attributes:
+        id: Hub id, if there is one.
+        commit: commit hash of the files that were loaded, if known.
+        digest: sha256 over the safetensors files, for a local checkpoint without a Hub id.
+        license: the licence keys of its model card, if that lies in the local cache or folder.
+        vocab_size: from its saved config, if that lies in the local cache or folder.
+    """
+
+    id: str | None = None
+    commit: str | None = None
+    digest: str | None = None
+    license: dict[str, str] = field(default_factory=dict)
+    vocab_size: int | None = None
+
+
+def identify(name: str | None, revision: str | None = None, explicit: str | None = None) -> BaseModel:
+    """Identify the base model.
+
+    Args:
+        name: what the model was loaded from: a Hub id, a folder, or nothing.
+        revision: the revision asked for when it was loaded from the Hub.
+        explicit: the id the user gives, which wins over what is found.
+
+    Raises:
+        ValueError: `explicit` is not a Hub id.
+    """
+    if explicit is not None and not REPO_ID.fullmatch(explicit):
+        raise ValueError(f"base_model={explicit!r} is not a Hub id; give it as 'namespace/name'.")
+    folder = Path(name) if name else None
+    if folder is None or not folder.is_dir():
+        repo_id = explicit or (name if name and _is_hub_id(name) else None)
+        commit = _cached_commit(repo_id, revision) if repo_id else None
+        found = _cached_folder(repo_id, commit) if repo_id and commit else None
+        return BaseModel(repo_id, commit, None, _license(found), _vocab_size(found))
+    snapshot = _SNAPSHOT.search(str(folder.absolute()))
+    repo_id, commit = (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (_named_in_config(folder), None)
+    repo_id = explicit or repo_id
+    digest = None if repo_id else _digest(folder)
+    return BaseModel(repo_id, commit, digest, _license(folder), _vocab_size(folder))
+
+
+def _is_hub_id(name: str) -> bool:
+    # Ids without a namespace exist ("gpt2"), and so do relative folders of the same form: only the cache can tell.
+    return bool(REPO_ID.fullmatch(name)) or isinstance(_in_cache(name, None), Path)
+
+
+def _in_cache(repo_id: str, revision: str | None) -> Path | None:
+    if repo_id.count("/") > 1 or not re.fullmatch(r"[\w./-]+", repo_id) or not repo_id[0].isalnum():
+        return None
+    found = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _cached_commit(repo_id: str, revision: str | None) -> str | None:
+    found = _in_cache(repo_id, revision)
+    return found.parent.name if found else None
+
+
+def _cached_folder(repo_id: str, commit: str) -> Path | None:
+    found = _in_cache(repo_id, commit)
+    return found.parent if found else None
+
+
+def _config(folder: Path | None) -> dict:
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    return json.loads((folder / "config.json").read_text())
+
+
+def _vocab_size(folder: Path | None) -> int | None:
+    return _config(folder).get("vocab_size")
+
+
+def _named_in_config(folder: Path) -> str | None:
+    name = _config(folder).get("_name_or_path") or ""
+    return name if REPO_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _license(folder: Path | None) -> dict[str, str]:
+    if folder is None or not (folder / "README.md").is_file():
+        return {}
+    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    return {key: data[key] for key in LICENSE_KEYS if key in data}
+
+
+def _digest(folder: Path) -> str | None:
+    """One file: its sha256, as `sha256sum` prints it. Several: sha256 over their names and digests."""
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        running = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                running.update(block)
+        digests[file.name] = running.hexdigest()
+    if len(digests) <= 1:
+        return next(iter(digests.values()), None)
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()

@@ -1,0 +1,239 @@
+"""Facts about a model, gathered without asking the user and without the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_ext.model_cards.base_model import BaseModel, identify
+from hf_ext.model_cards.training import TrainingFacts, as_text, changed_fields, own_fields, training_facts
+from hf_ext.registry import METHODS, Method
+from hf_ext.registry import method as method_named
+
+Model = PeftModel | PreTrainedModel
+
+_PIPELINE_TAGS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# Said elsewhere in the card, or meaningless outside the run.
+_NOT_SETTINGS = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version"),
+        *("base_model_name_or_path", "revision", "inference_mode"),
+    }
+)
+_LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter: its name in the model, PEFT type, settings that differ from the defaults, and size as saved."""
+
+    name: str
+    peft_type: str
+    settings: dict[str, str]
+    parameters: int
+    size: int
+    density: str | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the card can say about a model by itself."""
+
+    base: BaseModel
+    architecture: str
+    task_type: str | None
+    methods: tuple[Method, ...]
+    tags: tuple[str, ...]
+    adapter: AdapterFacts | None
+    parameters: int
+    quantization: str | None
+    training: TrainingFacts | None
+    versions: dict[str, str]
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        return _PIPELINE_TAGS.get(self.task_type or "")
+
+
+def collect(
+    model_or_trainer: nn.Module | Trainer, *, method: str | list[str] | None = None, base_model: str | None = None
+) -> Facts:
+    """Gather the facts.
+
+    Args:
+        model_or_trainer: a `PeftModel`, a `PreTrainedModel` (with or without injected adapters) or a `Trainer` of either.
+        method: slug(s) from the registry; found from the PEFT type and the trainer's tags when absent.
+        base_model: Hub id of the base model, when it was loaded from a folder.
+
+    Raises:
+        ValueError: an argument is of another kind, holds several adapters, or a slug is unknown.
+    """
+    trainer = model_or_trainer if isinstance(model_or_trainer, Trainer) else None
+    model = unwrapped_model(model_or_trainer)
+    config = adapter_config(model)
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    return Facts(
+        base=_base(core, config, base_model),
+        architecture=type(core).__name__,
+        task_type=_task_type(core, config),
+        methods=_methods(method, trainer, core, config),
+        tags=_tags(trainer, core),
+        adapter=_adapter(model, config) if config else None,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        quantization=_quantization(core),
+        training=training_facts(trainer) if trainer else None,
+        versions=_versions(trainer is not None),
+    )
+
+
+def unwrapped_model(model_or_trainer: Any) -> Model:
+    """The `PeftModel` or `PreTrainedModel` behind the argument."""
+    model = model_or_trainer
+    if isinstance(model, Trainer):
+        model = model.accelerator.unwrap_model(model.model)
+    if not isinstance(model, PeftModel | PreTrainedModel):
+        raise ValueError(
+            f"model_or_trainer is a {type(model_or_trainer).__name__}; give a PeftModel, a transformers model or a "
+            "transformers Trainer."
+        )
+    return model
+
+
+def adapter_config(model: Model) -> PeftConfig | None:
+    """Configuration of the adapter that `model` carries; `None` for a full model."""
+    name = adapter_name(model)
+    if name is None:
+        return None
+    config = model.peft_config[name]
+    assert isinstance(config, PeftConfig)
+    return config
+
+
+def adapter_name(model: Model) -> str | None:
+    """The adapter to describe and save: the only one, or the active one among several."""
+    if isinstance(model, PeftModel):
+        names = list(model.peft_config)
+        return names[0] if len(names) == 1 else model.active_adapter
+    if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
+        active = model.active_adapters()
+        if len(active) != 1:
+            raise ValueError(f"the model has the active adapters {active}; activate one with `set_adapter`.")
+        return active[0]
+    return None
+
+
+def saves_embeddings(model: Model, config: PeftConfig, base: BaseModel) -> bool:
+    """Whether the embedding layers belong to the adapter: they are adapted, or the vocabulary was resized.
+
+    PEFT's own `"auto"` answers the same question by asking the Hub for the base model's config.
+    """
+    token_wise = config.peft_type == "TRAINABLE_TOKENS" or vars(config).get("trainable_token_indices") is not None
+    if not token_wise and any(
+        isinstance(module, BaseTunerLayer) and name.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES
+        for name, module in model.named_modules()
+    ):
+        return True
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.vocab_size is None or not isinstance(core, PreTrainedModel):
+        return False
+    embeddings = core.get_input_embeddings()
+    return isinstance(embeddings, nn.Embedding) and embeddings.num_embeddings != base.vocab_size
+
+
+def _base(core: nn.Module, config: PeftConfig | None, explicit: str | None) -> BaseModel:
+    name = config.base_model_name_or_path if config else None
+    if not name and isinstance(core, PreTrainedModel):
+        name = core.config._name_or_path
+    return identify(name, config.revision if config else None, explicit)
+
+
+def _task_type(core: nn.Module, config: PeftConfig | None) -> str | None:
+    if config is not None and config.task_type is not None:
+        return TaskType(config.task_type).value
+    name = type(core).__name__
+    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+
+
+def _methods(
+    asked: str | list[str] | None, trainer: Trainer | None, core: nn.Module, config: PeftConfig | None
+) -> tuple[Method, ...]:
+    if asked is not None:
+        try:
+            return tuple(method_named(slug) for slug in ([asked] if isinstance(asked, str) else asked))
+        except KeyError as error:
+            raise ValueError(f"method={asked!r}: {error.args[0]}.") from None
+    tags = _tags(trainer, core)
+    peft_type = PeftType(config.peft_type).value if config else None
+    return tuple(m for m in METHODS if m.slug in tags or (m.peft_type is not None and m.peft_type == peft_type))
+
+
+def _tags(trainer: Trainer | None, core: nn.Module) -> tuple[str, ...]:
+    """Tags that the trainer class, and trainers before it, put on the model."""
+    tags: list[str] = []
+    for cls in type(trainer).__mro__ if trainer else ():
+        tags += vars(cls).get("_tag_names", ())
+    if isinstance(core, PreTrainedModel):
+        tags += core.model_tags or ()
+    return tuple(dict.fromkeys(tags))
+
+
+def _adapter(model: Model, config: PeftConfig) -> AdapterFacts:
+    name, peft_type = str(adapter_name(model)), PeftType(config.peft_type).value
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return AdapterFacts(
+        name=name,
+        peft_type=peft_type,
+        settings=changed_fields(config, _NOT_SETTINGS, (*_LORA_SETTINGS, *own_fields(config))),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        size=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+        density=_density(model, name) if peft_type == "ROSELORA" else None,
+    )
+
+
+def _density(model: Model, name: str) -> str:
+    from hf_ext.tuners.roselora import density_report
+
+    report = density_report(model, name)
+    return f"{report.nonzeros:,} of {report.entries:,} entries of the adapted weights ({report.density:.3%})"
+
+
+def _quantization(core: nn.Module) -> str | None:
+    if not isinstance(core, PreTrainedModel):
+        return None
+    config = core.config.to_dict().get("quantization_config") or {}
+    bits = [text for key, text in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(key)]
+    return " ".join([as_text(config["quant_method"]), *bits]) if config else None
+
+
+def _versions(trained: bool) -> dict[str, str]:
+    names = ["hf-ext", "peft", "transformers", "torch", *(["trl", "datasets", "accelerate"] if trained else [])]
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, "torch": torch.__version__}

@@ -1,0 +1,182 @@
+"""Publish a model with its card in one commit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import Trainer
+
+from hf_ext.model_cards.markers import merge
+from hf_ext.model_cards.saving import accept, finished_card, write_model
+
+_REMEDIES = {
+    401: "the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN",
+    403: "the token may not write there; use a write token, and a namespace that it belongs to",
+    404: "the repository or revision does not exist, or the token may not see it; check repo_id and revision",
+    412: "someone else committed in the meantime; publish again to build on their commit",
+    429: "too many requests; wait and publish again",
+}
+
+
+class PublishError(RuntimeError):
+    """Publishing failed; the message says what happened, in which state the repository is, and what to do."""
+
+
+def publish(
+    model_or_trainer: nn.Module | Trainer,
+    repo_id: str,
+    card: ModelCard | None = None,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    **card_arguments: Any,
+) -> CommitInfo:
+    """Save the model, write its card, and upload both in one commit. Publishing the same thing again commits nothing.
+
+    An existing README.md keeps what people wrote: text outside our markers stays, and metadata is merged key by key.
+    Only safetensors, JSON and text are uploaded; never optimizer state, `training_args.bin` or another pickle.
+
+    Args:
+        model_or_trainer: as for `build_card`. Of several adapters the active one is published.
+        repo_id: `namespace/name`; created if it does not exist.
+        card: from `build_card`; built here from `card_arguments` if absent.
+        revision: branch to commit to, created if it does not exist.
+        private: visibility of a repository that is created here.
+        create_pr: open a pull request instead of committing.
+        card_arguments: arguments of `build_card`, such as `base_model=`, `license=`, `metrics=`, `datasets=`.
+
+    Returns:
+        The commit, or the latest one if nothing had changed.
+
+    Raises:
+        ValueError: an argument is wrong or the card breaks a rule; nothing was sent.
+        PublishError: the Hub refused or could not be reached. Model files and card arrive together or not at all.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r}: {error} Give it as 'namespace/name'.") from None
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"revision={revision!r}: a pull request is always opened against the main branch; leave it out."
+        )
+    api = HfApi(token=token)
+    if token is None and get_token() is None:
+        raise PublishError(
+            f"{repo_id} was not published to {api.endpoint}: there is no access token. Run `hf auth login`, set "
+            "HF_TOKEN or pass token=."
+        )
+    card = finished_card(model_or_trainer, card, {**card_arguments, "repo_id": repo_id})
+    accept(card)
+    with tempfile.TemporaryDirectory(prefix="hf_ext_publish_") as scratch:
+        folder = Path(scratch)
+        write_model(model_or_trainer, folder, card)
+        with _explained(api, repo_id, "preparing the repository", None):
+            head = _prepare_repo(api, repo_id, None if create_pr else revision, private)
+            merged = _merged_with_remote(api, repo_id, head, card)
+        accept(merged)
+        merged.save(folder / "README.md")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        # `upload_folder` may split a push into several commits; this is one, and only on top of the card merged above.
+        with _explained(api, repo_id, "uploading", (revision, head)):
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                commit_message=commit_message or f"Publish with hf_ext: {_heading(card)}",
+                revision=None if create_pr else revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+
+
+def _heading(card: ModelCard) -> str:
+    return next((line.removeprefix("# ") for line in card.text.splitlines() if line.startswith("# ")), "model")
+
+
+def _prepare_repo(api: HfApi, repo_id: str, revision: str | None, private: bool | None) -> str | None:
+    """Create repository and branch where they are missing; the commit to build on."""
+    try:
+        return api.model_info(repo_id, revision=revision).sha
+    except RevisionNotFoundError:
+        pass
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.model_info(repo_id, revision=revision).sha
+
+
+def _merged_with_remote(api: HfApi, repo_id: str, head: str | None, card: ModelCard) -> ModelCard:
+    try:
+        existing = api.hf_hub_download(repo_id, "README.md", revision=head)
+    except EntryNotFoundError:
+        return card
+    return merge(card, ModelCard.load(existing, ignore_metadata_errors=True))
+
+
+@contextmanager
+def _explained(api: HfApi, repo_id: str, step: str, commit: tuple[str | None, str | None] | None) -> Iterator[None]:
+    """Turn whatever a remote step raises into a `PublishError` that says how things stand."""
+    try:
+        yield
+    except Exception as error:
+        cause, remedy = _diagnosis(error)
+        state = "nothing was uploaded" if commit is None else _state(api, repo_id, *commit)
+        raise PublishError(
+            f"{repo_id} was not published to {api.endpoint}: {step} failed, {cause}. Repository: {state}. Remedy: {remedy}."
+        ) from error
+
+
+def _diagnosis(error: Exception) -> tuple[str, str]:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set", "unset it, or write to a folder with `save`"
+    root: BaseException | None = error
+    while root is not None and not isinstance(root, HfHubHTTPError):
+        root = root.__cause__ or root.__context__
+    if isinstance(root, HfHubHTTPError) and root.response is not None:
+        status = root.response.status_code
+        fallback = "the Hub has a fault; try again later" if status >= 500 else "see the answer of the Hub above"
+        return f"the Hub answered {status} ({_first_line(root)})", _REMEDIES.get(status, fallback)
+    if isinstance(error, ValueError | yaml.YAMLError):
+        return (
+            f"the Hub or a file in the repository is at odds with the card: {error}",
+            "correct that and publish again",
+        )
+    return (
+        f"the connection broke ({type(error).__name__}: {_first_line(error)})",
+        "check the network and publish again",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _state(api: HfApi, repo_id: str, revision: str | None, head: str | None) -> str:
+    """Whether the commit arrived: an answer can get lost after the Hub has acted on the request."""
+    try:
+        now = api.model_info(repo_id, revision=revision).sha
+    except Exception:
+        return "its state is unknown, because the Hub does not answer; publishing again does no harm"
+    if now == head:
+        return f"unchanged, at commit {head}"
+    return f"moved on to commit {now}; if that is this upload, publishing again commits nothing"

@@ -1,0 +1,81 @@
+"""Measured results: the table in the text and the entries of the model index."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
+
+from huggingface_hub import EvalResult
+
+from hf_ext.model_cards.base_model import REPO_ID
+
+
+class MetricsReport(Protocol):
+    """What an evaluator returns, such as `hf_ext.metrics.editing.EditingReport`."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    def table(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of one evaluation.
+
+    Attributes:
+        values: metric name, with the protocol it was measured by, to value.
+        table: Markdown table.
+        dataset: what it was measured on: a Hub id or a name; `None` if nobody said.
+    """
+
+    values: dict[str, float]
+    table: str
+    dataset: str | None
+
+    def eval_results(self, task_type: str) -> list[EvalResult]:
+        """Entries for the model index: finite values only, and only if the data has a name, as the Hub demands."""
+        if self.dataset is None:
+            return []
+        return [
+            EvalResult(
+                task_type=task_type,
+                dataset_type=self.dataset if REPO_ID.fullmatch(self.dataset) else _slug(self.dataset),
+                dataset_name=self.dataset,
+                metric_type=_slug(name),
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in self.values.items()
+            if math.isfinite(value)
+        ]
+
+
+def read_results(metrics: Mapping[str, float] | MetricsReport | None, dataset: str | None) -> Results | None:
+    """Results from a flat dict or a report.
+
+    Raises:
+        ValueError: a value is not a number.
+    """
+    if metrics is None:
+        return None
+    values = metrics if isinstance(metrics, Mapping) else metrics.metrics
+    for name, value in values.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(f"metrics[{name!r}]={value!r} is not a number; give a flat dict of name: number.")
+    numbers = {name: float(value) for name, value in values.items()}
+    table = _table(numbers) if isinstance(metrics, Mapping) else metrics.table()
+    return Results(numbers, table.strip(), dataset) if numbers else None
+
+
+def _table(values: dict[str, float]) -> str:
+    rows = [f"| {name.replace('|', '/')} | {value:.4g} |" for name, value in values.items()]
+    return "\n".join(["| metric | value |", "| --- | --- |", *rows])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,0 +1,272 @@
+"""`publish` against the loopback Hub. Run by `test_publish.py` in a child process, see `tests.hub.fixtures`."""
+
+from __future__ import annotations
+
+import re
+import runpy
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, metadata_update
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_ext.model_cards import PublishError, build_card, check_adapter, publish
+from tests.conftest import make_tiny_llama
+from tests.hub.fixtures import ROOT
+from tests.hub.store import Blob
+from tests.model_cards.tiny import BASE, lora_model, roselora_model, tiny_tokenizer
+
+TOKENS = torch.arange(3, 11)[None]
+COMMIT = "POST .*/commit/"
+FACTS = {"base_model": BASE, "license": "mit", "metrics": {"efficacy (teacher-forced)": 0.5}, "evaluated_on": "user/d"}
+
+
+@pytest.fixture(scope="module")
+def base():
+    make_tiny_llama().push_to_hub(BASE)
+    return BASE
+
+
+@pytest.fixture
+def repo_id(request):
+    return f"user/{request.node.originalname}"
+
+
+@pytest.fixture
+def published(repo_id, hub):
+    """A repository that holds an adapter."""
+    publish(lora_model(), repo_id, **FACTS)
+    return hub.repos["models", repo_id]
+
+
+def test_one_commit_with_everything(hub, base, repo_id):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
+    ).eval()
+    hub.requests.clear()
+    info = publish(model, repo_id, license="mit", datasets="user/facts", metrics={"accuracy": 0.5}, evaluated_on="d")
+    stored = hub.repos["models", repo_id]
+    assert [c.title for c in stored.history()] == [f"Publish with hf_ext: LORA adapter for {BASE}", "initial commit"]
+    assert info.oid == stored.resolve("main").sha
+    files = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(stored.files()) == files
+    assert not [r for r in hub.requests if BASE in r], "publishing asked the Hub about the base model"
+    remote = HfApi().model_info(repo_id)
+    assert (remote.library_name, remote.pipeline_tag) == ("peft", "text-generation")
+    assert remote.card_data.base_model == BASE and remote.card_data.license == "mit"
+    assert remote.card_data.datasets == ["user/facts"] and remote.card_data.eval_results[0].metric_value == 0.5
+    sha = hub.repos["models", base].resolve("main").sha
+    assert f'from_pretrained("{BASE}", revision="{sha}")' in ModelCard.load(repo_id).text
+    check_adapter(repo_id, make_tiny_llama())
+    for loaded in (
+        PeftModel.from_pretrained(make_tiny_llama(), repo_id),
+        AutoPeftModelForCausalLM.from_pretrained(repo_id),
+    ):
+        torch.testing.assert_close(loaded.eval()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_roselora_snippet_from_the_card_runs(hub, base, repo_id):
+    model = roselora_model()
+    publish(model, repo_id, base_model=base, license="mit")
+    card = ModelCard.load(repo_id)
+    scope: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], scope)
+    torch.testing.assert_close(scope["model"].eval()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
+    assert {"roselora", f"base_model:adapter:{BASE}"} < set(card.data.tags)
+
+
+def test_publishing_again_commits_nothing(published, repo_id):
+    before = published.resolve("main").sha
+    assert publish(lora_model(), repo_id, **FACTS).oid == before
+    assert publish(lora_model(), repo_id, **{**FACTS, "license": "apache-2.0"}).oid != before
+    changed = {path for path, data in published.files().items() if published.files(before)[path] != data}
+    assert changed == {"README.md"}
+
+
+def test_human_edits_survive(published, repo_id):
+    card = ModelCard.load(repo_id)
+    card.text = (
+        card.text.replace("\n<!-- hf_ext:begin", "\nRead me first.\n\n<!-- hf_ext:begin") + "\nThanks to all.\n"
+    )
+    card.text = card.text.replace("How to get started", "VANDALISED")
+    card.push_to_hub(repo_id)
+    metadata_update(repo_id, {"thumbnail": "x.png", "tags": [*card.data.tags, "mine"]}, overwrite=True)
+    publish(lora_model(), repo_id, **FACTS)
+    found = ModelCard.load(repo_id)
+    assert found.text.startswith("\nRead me first.\n\n<!-- hf_ext:begin") and found.text.endswith("\nThanks to all.\n")
+    assert "VANDALISED" not in found.text
+    assert found.data.thumbnail == "x.png" and "mine" in found.data.tags
+    count = len(published.commits)
+    publish(lora_model(), repo_id, **FACTS)
+    assert len(published.commits) == count
+
+
+def test_stock_card_is_replaced_and_a_written_one_is_kept(hub, repo_id):
+    model = lora_model()
+    model.push_to_hub(repo_id)
+    publish(model, repo_id, **FACTS)
+    assert "More Information Needed" not in ModelCard.load(repo_id).text
+    written = b"---\nlanguage: en\n---\n# Written by hand\n"
+    HfApi().create_repo(repo_id + "2")
+    HfApi().upload_file(path_or_fileobj=written, path_in_repo="README.md", repo_id=repo_id + "2")
+    publish(model, repo_id + "2", **FACTS)
+    card = ModelCard.load(repo_id + "2")
+    assert card.text.startswith("# Written by hand\n\n<!-- hf_ext:begin") and card.data.language == "en"
+
+
+def test_revision_pull_request_private_and_finished_card(hub, repo_id):
+    card = build_card(lora_model(), license="mit")
+    publish(lora_model(), repo_id, card, revision="v2", private=True)
+    stored = hub.repos["models", repo_id]
+    assert stored.private and "README.md" not in stored.files() and "README.md" in stored.files("v2")
+    assert f'name = "{repo_id}"' in stored.files("v2")["README.md"].decode()
+    proposal = publish(lora_model(), repo_id, create_pr=True, commit_message="Please")
+    assert proposal.pr_revision == "refs/pr/1" and stored.resolve("refs/pr/1").title == "Please"
+    assert "README.md" not in stored.files()
+
+
+def test_trainer_is_published_without_pickles(hub, repo_id, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([{"prompt": "a b", "completion": " c d"}] * 2)
+    arguments = SFTConfig(str(tmp_path / "run"), max_steps=1, report_to=[], use_cpu=True, bf16=False)
+    trainer = SFTTrainer(
+        make_tiny_llama(),
+        arguments,
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    trainer.train()
+    publish(trainer, repo_id, base_model=BASE, license="mit")
+    files = hub.repos["models", repo_id].files()
+    assert "adapter_model.safetensors" in files and "tokenizer.json" in files
+    assert not {f for f in files if f.endswith((".bin", ".pt"))}
+    assert "1 optimizer steps" in ModelCard.load(repo_id).text
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"pattern": COMMIT, "status": 500}, "the Hub answered 500.*unchanged, at commit .*try again later"),
+        ({"pattern": COMMIT, "drop": "request"}, "the connection broke.*unchanged, at commit .*check the network"),
+        ({"pattern": COMMIT, "status": 401}, "the Hub answered 401.*hf auth login"),
+        ({"pattern": COMMIT, "status": 403}, "the Hub answered 403.*write token"),
+        ({"pattern": COMMIT, "status": 412}, "the Hub answered 412.*someone else committed"),
+        ({"pattern": "POST .*/objects/batch", "status": 404}, "the Hub answered 404.*check repo_id"),
+        ({"pattern": "GET /api/models/", "status": 401}, "the Hub answered 401.*nothing was uploaded"),
+        ({"pattern": "PUT /_lfs", "drop": "request", "times": 9}, "uploading failed.*unchanged"),
+    ],
+)
+def test_failures_leave_the_repository_as_it_was(hub, published, repo_id, fault, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    before, refs = published.resolve("main"), dict(published.refs)
+    hub.faults.add(**fault)
+    with pytest.raises(PublishError, match=f"(?s){repo_id} was not published to {hub.endpoint}: .*{message}"):
+        publish(lora_model(seed=1 + len(hub.store.lfs)), repo_id, **FACTS)
+    assert published.resolve("main") == before and published.refs == refs
+
+
+def test_lost_answer_is_told(hub, published, repo_id):
+    hub.faults.add(COMMIT, drop="response")
+    with pytest.raises(PublishError, match="moved on to commit"):
+        publish(lora_model(r=2), repo_id, **FACTS)
+    count = len(published.commits)
+    publish(lora_model(r=2), repo_id, **FACTS)
+    assert len(published.commits) == count
+
+
+def test_temporary_faults_are_survived(hub, published, repo_id):
+    hub.faults.add("POST .*/preupload/", status=500)
+    hub.faults.add("POST .*/objects/batch", status=429, headers={"Retry-After": "1"})
+    publish(lora_model(r=3), repo_id, **FACTS)
+
+
+def test_commit_by_someone_else_meanwhile(hub, published, repo_id, monkeypatch):
+    original = HfApi.create_commit
+
+    def late(self, *arguments, **fields):
+        monkeypatch.setattr(HfApi, "create_commit", original)
+        self.upload_file(path_or_fileobj=b"x", path_in_repo="theirs.txt", repo_id=repo_id)
+        return self.create_commit(*arguments, **fields)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    with pytest.raises(PublishError, match="412"):
+        publish(lora_model(r=2), repo_id, **FACTS)
+    assert published.resolve("main").title.startswith("Upload theirs.txt")
+
+
+@pytest.mark.parametrize("bad", ["a/b/c", "user/mo del", "user/--x", "user/x.git"])
+def test_bad_repo_id(hub, bad):
+    with pytest.raises(ValueError, match="repo_id='"):
+        publish(lora_model(), bad)
+    assert hub.requests == []
+
+
+def test_card_errors_are_refused_before_anything_is_sent(hub, repo_id):
+    with pytest.raises(ValueError, match="license: license 'free' is not one"):
+        publish(lora_model(), repo_id, license="free")
+    assert hub.requests == []
+
+
+def test_no_token(hub, repo_id, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PublishError, match=f"{repo_id} was not published to {hub.endpoint}: there is no access token"):
+        publish(lora_model(), repo_id)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(("token", "message"), [("hf_wrong", "answered 401"), ("hf_readonly", "answered 403")])
+def test_wrong_token(hub, repo_id, token, message):
+    with pytest.raises(PublishError, match=message) as caught:
+        publish(lora_model(), repo_id, token=token)
+    assert token not in str(caught.value)
+    assert ("models", repo_id) not in hub.repos
+
+
+def test_damaged_markers(published, repo_id):
+    card = ModelCard.load(repo_id)
+    card.text = card.text.replace("<!-- hf_ext:end card -->", "")
+    card.push_to_hub(repo_id)
+    before = published.resolve("main")
+    with pytest.raises(PublishError, match="restore the markers"):
+        publish(lora_model(), repo_id, **FACTS)
+    assert published.resolve("main") == before
+
+
+def test_remote_card_that_is_not_yaml(hub, published, repo_id):
+    stored = published.resolve("main")
+    broken = published.commit("refs/heads/main", {**stored.files, "README.md": Blob(b"---\na: b: c\n---\n")}, "broken")
+    with pytest.raises(PublishError, match=r"(?s)at odds with the card.*correct that"):
+        publish(lora_model(), repo_id, **FACTS)
+    assert published.resolve("main") == broken
+
+
+def test_card_written_by_hand(hub, repo_id):
+    written = "---\nlicense: mit\nbase_model: user/b\n---\n# By hand\n"
+    for _ in range(2):
+        publish(lora_model(), repo_id, ModelCard(written))
+    stored = hub.repos["models", repo_id]
+    assert stored.files()["README.md"].count(b"# By hand") == 1
+    assert len(stored.commits) == 2
+
+
+def test_nothing_is_left_on_disk(hub, published, repo_id, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hub.faults.add(COMMIT, status=500)
+    with pytest.raises(PublishError):
+        publish(lora_model(r=2), repo_id, **FACTS)
+    publish(lora_model(r=2), repo_id, **FACTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_example(hub, monkeypatch, capsys):
+    script = ROOT / "examples" / "publish_an_adapter.py"
+    monkeypatch.setattr("sys.argv", [str(script), "user/example"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{hub.endpoint}/user/example/commit/")
+    assert b"roselora" in hub.repos["models", "user/example"].files()["README.md"]

@@ -1,0 +1,274 @@
+"""What a card says about LoRA, RoseLoRA and full models, and about training runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from types import MappingProxyType
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_ext.model_cards import build_card, validate
+from hf_ext.registry import OVERTONE, ROSELORA
+from tests.conftest import make_tiny_llama
+from tests.model_cards.tiny import lora_model, roselora_model, tiny_tokenizer
+
+SECTIONS = (
+    "Model details",
+    "Method",
+    "Uses",
+    "How to get started with the model",
+    "Training details",
+    "Evaluation",
+    "Bias, risks and limitations",
+    "Environmental impact",
+    "Technical specifications",
+)
+
+
+def row(card: ModelCard, name: str) -> str:
+    """The value of a table row."""
+    found = re.search(rf"^\| `?{re.escape(name)}`? \| `?(.*?)`? \|$", card.text, re.MULTILINE)
+    assert found, f"no row {name!r} in\n{card.text}"
+    return found[1]
+
+
+def section(card: ModelCard, heading: str) -> str:
+    return card.text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def lora_card():
+    return build_card(
+        lora_model(r=4, lora_alpha=16),
+        base_model="user/tiny-base",
+        license="mit",
+        language="en",
+        datasets="user/facts",
+        metrics={"efficacy (teacher-forced)": 0.75, "locality (teacher-forced)": float("nan")},
+        evaluated_on="user/probe",
+        intended_use="Tests of model cards.",
+        limitations="Knows nothing.",
+        extra_sections={"Contact": "Open an issue."},
+    )
+
+
+def test_every_section_is_filled_and_nothing_is_a_placeholder(lora_card):
+    for card in (lora_card, build_card(lora_model()), build_card(roselora_model()), build_card(make_tiny_llama())):
+        for heading in SECTIONS:
+            assert section(card, heading).strip()
+        assert "More Information Needed" not in card.text and "None" not in card.text
+        assert validate(card).errors == []
+        assert str(ModelCard(str(card))) == str(card)
+        assert "\n\n\n" not in card.text
+
+
+def test_lora_metadata(lora_card):
+    data = lora_card.data.to_dict()
+    assert data["base_model"] == "user/tiny-base" and data["library_name"] == "peft"
+    assert (data["license"], data["language"], data["datasets"]) == ("mit", "en", ["user/facts"])
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["hf_ext", "lora", "base_model:adapter:user/tiny-base"]
+    assert validate(lora_card).warnings == []
+
+
+def test_results_are_in_text_and_metadata(lora_card):
+    assert row(lora_card, "efficacy (teacher-forced)") == "0.75"
+    assert row(lora_card, "locality (teacher-forced)") == "nan"
+    (result,) = lora_card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("efficacy (teacher-forced)", 0.75)
+    assert (result.dataset_type, result.task_type) == ("user/probe", "text-generation")
+
+
+def test_results_on_unnamed_data_stay_out_of_the_metadata():
+    card = build_card(lora_model(), metrics={"accuracy": 1})
+    assert card.data.eval_results is None
+    assert "The evaluation data was not named." in section(card, "Evaluation")
+
+
+def test_report_objects_bring_their_own_table():
+    class Report:
+        metrics = MappingProxyType({"accuracy": 0.5})
+
+        def table(self):
+            return "| accuracy | 0.5 ± 0.1 |"
+
+    card = build_card(lora_model(), metrics=Report(), evaluated_on="Held-out facts, 2026")
+    assert "0.5 ± 0.1" in card.text
+    assert card.data.eval_results[0].dataset_type == "held_out_facts_2026"
+
+
+def test_text_given_by_the_author(lora_card):
+    assert "Tests of model cards." in section(lora_card, "Uses")
+    assert "- Knows nothing." in section(lora_card, "Bias, risks and limitations")
+    assert section(lora_card, "Contact").strip() == "Open an issue."
+
+
+def test_adapter_facts(lora_card):
+    assert (row(lora_card, "r"), row(lora_card, "lora_alpha")) == ("4", "16")
+    assert row(lora_card, "target_modules") == "q_proj, v_proj"
+    # Two layers; q_proj 64 -> 64 and v_proj 64 -> 32, rank 4.
+    assert row(lora_card, "Parameters of the adapter").startswith(f"{2 * 4 * (64 + 64 + 64 + 32):,} ")
+
+
+def test_snippet_uses_the_repository_id():
+    code = section(
+        build_card(lora_model(), base_model="user/b", repo_id="user/a"), "How to get started with the model"
+    )
+    assert 'name = "user/a"' in code and 'from_pretrained("user/b")' in code and "import hf_ext" not in code
+
+
+def test_roselora_card():
+    card = build_card(roselora_model(sparsity=0.9), base_model="user/tiny-base")
+    assert card.data.tags == ["hf_ext", "roselora", "base_model:adapter:user/tiny-base"]
+    assert "import hf_ext" in section(card, "How to get started with the model")
+    assert "save_as_lora" in section(card, "How to get started with the model")
+    assert ROSELORA.paper_url in section(card, "Method") and ROSELORA.changes in section(card, "Method")
+    assert ROSELORA.citation in section(card, "Citation")
+    for limit in ROSELORA.limits:
+        assert limit in section(card, "Bias, risks and limitations")
+    assert (row(card, "sparsity"), row(card, "beta")) == ("0.9", "0.8")
+    assert "of 8,192 entries" in row(card, "Weights the merged adapter changes")
+
+
+def test_method_by_name():
+    card = build_card(lora_model(), method=["roselora", "overtone"])
+    assert {"roselora", "overtone"} < set(card.data.tags)
+    assert OVERTONE.arxiv in card.text and ROSELORA.arxiv in card.text
+    with pytest.raises(ValueError, match=r"method='none'.*roselora"):
+        build_card(lora_model(), method="none")
+
+
+def test_method_is_found_from_trainer_tags(tmp_path):
+    class TaggedTrainer(Trainer):
+        _tag_names = ("overtone",)
+
+    trainer = TaggedTrainer(lora_model(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    assert "overtone" in build_card(trainer).data.tags
+
+
+def test_full_model():
+    card = build_card(make_tiny_llama(), license="mit")
+    assert card.data.library_name == "transformers"
+    assert "AutoModelForCausalLM.from_pretrained(name)" in card.text
+
+
+def test_injected_adapter():
+    from peft import LoraConfig
+
+    model = make_tiny_llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    card = build_card(model, base_model="user/tiny-base")
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+
+
+def test_local_base_is_described_by_digest_and_never_by_path(tmp_path):
+    make_tiny_llama().save_pretrained(tmp_path / "secret-place")
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "secret-place")
+    card = build_card(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")))
+    assert str(tmp_path) not in str(card) and "secret-place" not in str(card)
+    weights = tmp_path / "secret-place" / "model.safetensors"
+    digest = subprocess.run(["sha256sum", weights], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert row(card, "Base model") == f"local checkpoint, sha256 `{digest}"
+    assert "base_model" not in card.data.to_dict()
+    assert [w.rule for w in validate(card).warnings] == ["no-license", "no-base-model"]
+
+
+def test_licence_of_a_local_base_is_taken_over(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    make_tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---\n")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), LoraConfig(task_type="CAUSAL_LM"))
+    data = build_card(model).data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "x", "LICENSE")
+    assert build_card(model, license="mit").data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_model": "/home/x/model"}, "base_model='/home/x/model' is not a Hub id"),
+        ({"metrics": {"accuracy": "high"}}, r"metrics\['accuracy'\]='high' is not a number"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_card(lora_model(), **arguments)
+
+
+def test_wrong_kind_of_model():
+    with pytest.raises(ValueError, match="model_or_trainer is a Linear"):
+        build_card(torch.nn.Linear(2, 2))
+
+
+def test_sft_run(tmp_path):
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([{"prompt": "a b", "completion": " c d"}] * 4)
+    arguments = SFTConfig(
+        str(tmp_path / "secret-run"),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-4,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        hub_token="hf_" + "a" * 34,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = SFTTrainer(
+        make_tiny_llama(),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    trainer.train()
+    card = build_card(trainer, base_model="user/tiny-base", license="mit")
+    procedure = section(card, "Training details")
+    assert "`SFTTrainer`, 2 optimizer steps (1 epochs), 2 sequences per step" in procedure
+    assert "optimizer AdamW, seed 42" in procedure and "last logged training loss: " in procedure
+    assert "Training rows: 4." in procedure
+    assert (row(card, "learning_rate"), row(card, "lr_scheduler_type")) == ("0.0003", "linear")
+    assert float(row(card, "loss")) > 0
+    assert {"trl", "sft"} < set(card.data.tags)
+    assert "CPU" in section(card, "Environmental impact") and "Training time" in section(card, "Environmental impact")
+    assert "secret-run" not in str(card) and "hf_a" not in str(card)
+    assert validate(card).errors == [] and validate(card).warnings == []
+
+
+def test_overtone_run_with_an_editing_report(tmp_path):
+    from datasets import Dataset
+
+    from hf_ext import OvertoneConfig, OvertoneTrainer
+    from hf_ext.metrics.editing.report import EditingReport
+
+    rows = Dataset.from_list([{"prompt": "a b", "completion": " c d"}] * 2)
+    arguments = OvertoneConfig(str(tmp_path / "run"), max_steps=1, report_to=[], use_cpu=True, bf16=False)
+    model = roselora_model()
+    trainer = OvertoneTrainer(model, arguments, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    scores = {"final": {"generate_exact": {"reliability": {"rewrite": [1.0]}}}}
+    report = EditingReport({"protocols": ["generate_exact"], "answer_policy": "any"}, [{"id": "1", "scores": scores}])
+    card = build_card(trainer, base_model="user/tiny-base", license="mit", metrics=report, evaluated_on="one edit")
+    assert {"roselora", "overtone"} < set(card.data.tags)
+    assert "`OvertoneTrainer`" in section(card, "Training details")
+    assert row(card, "stop_when_saturated") in ("True", "False")
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("reliability/generate_exact", 1.0)
+    assert result.metric_type == "reliability_generate_exact"
+    assert report.table() in card.text
+    assert OVERTONE.citation in card.text and ROSELORA.citation in card.text
+    assert validate(card).errors == [] and validate(card).warnings == []
