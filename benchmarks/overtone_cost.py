@@ -1,0 +1,232 @@
+"""What OVERTONE costs next to TRL's own fused negative log-likelihood: time and peak memory, and how both grow.
+
+Claim 1: the head. Forward and backward of the loss behind a one-layer model with Gemma 3's head (262,144 x 640, float32),
+for 16 to 256 labelled tokens, with the head frozen (adapters) and trained (full fine-tuning).
+Claim 2: the step. `training_step` plus optimizer update of OvertoneTrainer and SFTTrainer on Gemma 3 270M with LoRA, 64
+labelled tokens.
+
+Both sides run in turn in the same process, on one thread; a ratio is taken within each pair. Time is the CPU time of the
+process: with one thread that is the wall time on an idle machine, whatever else the machine is doing. Peak memory is the largest number of bytes that
+torch's CPU allocator holds above the start of the call, from the profiler's allocation record; weights are not in it.
+
+    python -m benchmarks.overtone_cost
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
+from trl.trainer import add_fused_lm_head
+
+from hf_ext.demo.model import embedded_model
+from hf_ext.trainers.overtone import OvertoneConfig, OvertoneSettings, OvertoneStatistics, OvertoneTrainer
+from hf_ext.trainers.overtone.head import add_overtone_head
+
+VOCAB, HIDDEN, SEED, REPEATS = 262_144, 640, 0, 7
+RESULTS = Path(__file__).parent / "results" / "overtone_cost.json"
+
+
+def allocated_peak(function: Callable[[], Any]) -> float:
+    """MiB that torch's CPU allocator holds at most above the start while `function` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        function()
+    held = peak = 0
+    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def compare(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int = REPEATS) -> dict[str, Any]:
+    """Seconds and MiB of both sides, and the ratio ours / peer within each interleaved pair."""
+    sides = {"ours": ours, "peer": peer}
+    for function in sides.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        # The order alternates, so that neither side always runs on the caches the other left behind.
+        for name in sorted(sides, reverse=bool(repeat % 2)):
+            start = time.process_time()
+            sides[name]()
+            seconds[name].append(time.process_time() - start)
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["peer"], strict=True)]
+    memory = {name: allocated_peak(function) for name, function in sides.items()}
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "time_ratio": statistics.median(ratios),
+        "time_ratio_min": min(ratios),
+        "time_ratio_max": max(ratios),
+        "peak_mib": memory,
+        "memory_ratio": memory["ours"] / memory["peer"],
+    }
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    time_s, peak = row["seconds"], row["peak_mib"]
+    print(
+        f"{name:42s} time {time_s['ours']:7.3f} / {time_s['peer']:7.3f} s = {row['time_ratio']:.2f} "
+        f"[{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]   "
+        f"memory {peak['ours']:7.1f} / {peak['peer']:7.1f} MiB = {row['memory_ratio']:.2f}",
+        flush=True,
+    )
+
+
+def head_rows() -> list[dict[str, Any]]:
+    """Claim 1: one model, the forward patched by TRL as the peer and patched once more by us."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+    )
+    model = LlamaForCausalLM(config)
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    model.train()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    peer_forward = model.forward
+    add_overtone_head(model, OvertoneSettings(), OvertoneStatistics())
+    our_forward = model.forward
+
+    def step(forward: Callable, ids: torch.Tensor, labels: torch.Tensor) -> None:
+        forward(input_ids=ids, labels=labels, fused_lm_head=True).loss.backward()
+        # Nothing may stay allocated: freeing it inside the other side's record would count as a gain there.
+        model.zero_grad(set_to_none=True)
+
+    rows = []
+    for trained, labelled, prompt in (
+        (False, 16, 0),
+        (False, 64, 0),
+        (False, 256, 0),
+        (False, 64, 192),
+        (True, 64, 0),
+        (True, 256, 0),
+    ):
+        model.lm_head.weight.requires_grad_(trained)
+        ids = torch.randint(VOCAB, (1, prompt + labelled + 1))
+        labels = ids.clone()
+        labels[:, : prompt + 1] = -100
+        row = compare(
+            lambda ids=ids, labels=labels: step(our_forward, ids, labels),
+            lambda ids=ids, labels=labels: step(peer_forward, ids, labels),
+        )
+        name = f"head, {labelled} labelled of {prompt + labelled}, {'trained' if trained else 'frozen'}"
+        rows.append({"name": name, "labelled": labelled, "prompt": prompt, "head_trained": trained, **row})
+        show(name, row)
+    return rows
+
+
+def trainer_step(trainer: SFTTrainer) -> Callable[[], None]:
+    """One training step with its optimizer update, as a function without arguments."""
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    assert int(tokens) == 64, f"expected 64 labelled tokens, got {int(tokens)}"
+    optimizer = trainer.optimizer
+    assert optimizer is not None
+
+    def step() -> None:
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_row() -> dict[str, Any]:
+    """Claim 2: whole training steps on Gemma 3 270M; four sequences of 24 tokens with 16 labels each."""
+    path = embedded_model()
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(1000, 50_000, (4, 24), generator=generator).tolist()
+    data = Dataset.from_list([{"input_ids": row, "labels": [-100] * 8 + row[8:]} for row in ids])
+    steps = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, trainer_class, config_class in (
+            ("ours", OvertoneTrainer, OvertoneConfig),
+            ("peer", SFTTrainer, SFTConfig),
+        ):
+            arguments = config_class(
+                folder,
+                use_cpu=True,
+                bf16=False,
+                activation_checkpointing=False,
+                per_device_train_batch_size=4,
+                # Small enough that the data is never learnt: every token stays active in every repeat.
+                learning_rate=1e-7,
+                report_to=[],
+                disable_tqdm=True,
+            )
+            trainer = trainer_class(
+                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+                arguments,
+                train_dataset=data,
+                processing_class=AutoTokenizer.from_pretrained(path),
+                peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+            )
+            steps[name] = trainer_step(trainer)
+    row = compare(steps["ours"], steps["peer"])
+    show("step, Gemma 3 270M, LoRA, 64 labelled of 96", row)
+    return {"name": "step, Gemma 3 270M, LoRA, 64 labelled of 96", **row}
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = head_rows()
+    gc.collect()
+    rows.append(step_row())
+    report = {
+        "command": "python -m benchmarks.overtone_cost",
+        "seed": SEED,
+        "repeats": REPEATS,
+        "time": "median CPU seconds of interleaved repeats on one thread; ratios within pairs",
+        "memory": "peak of torch's CPU allocator above the start of the call, from the profiler's allocation record",
+        "peer": "TRL's fused NLL head (add_fused_lm_head) and SFTTrainer",
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        },
+        "results": rows,
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

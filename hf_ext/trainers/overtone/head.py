@@ -1,0 +1,177 @@
+"""The fused head: what a TRL trainer's `model(..., fused_lm_head=True)` runs while it trains with OVERTONE.
+
+TRL's SFT trainer patches the model instance's forward with a head that returns log-probabilities of the labels and never
+builds all logits. This module patches that forward once more. While the model trains, `log_probs` holds minus the OVERTONE
+loss, so that everything the trainer does with it (normalisation by `num_items_in_batch`, gradient accumulation, the
+mixture-of-experts loss, metrics) stays the trainer's. In evaluation mode the stock head answers, so `eval_loss` is the plain
+negative log-likelihood and comparable with any other run.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from hf_ext._compat import fused_lm_head_output, gathered_lm_head
+from hf_ext.trainers.overtone.chunked import overtone_from_hidden
+from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, check_labels
+from hf_ext.trainers.overtone.statistics import OvertoneStatistics
+
+# Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
+_BEFORE = "_overtone_forward_before"
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The causal language model itself, below a PEFT wrapper if there is one."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def current_forward(model: Any) -> Callable | None:
+    """The forward patched onto the instance, `None` if it runs its class's."""
+    return vars(base_of(model)).get("forward")
+
+
+def restore_forward(model: Any) -> None:
+    """Undo the patches of an earlier OVERTONE trainer on this model.
+
+    Each trainer wraps the forward it finds. Editing one fact after another with one trainer each would otherwise stack
+    hundreds of wrappers and end in a `RecursionError`.
+    """
+    base = base_of(model)
+    if _BEFORE not in vars(base):
+        return
+    before = vars(base).pop(_BEFORE)
+    if before is None:
+        vars(base).pop("forward", None)
+    else:
+        base.forward = before
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+    """(scale, soft cap) that a model of this configuration applies to its head's output.
+
+    Families disagree on the name: Cohere has `logit_scale`, Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`;
+    Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+    """
+    values = config.get_text_config().to_dict()
+    softcap = values.get("final_logit_softcapping")
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if values.get(name) is not None:
+            return values[name], softcap
+    scaling = values.get("logits_scaling")
+    if scaling is None:
+        return 1.0, softcap
+    return (scaling if values["model_type"] == "hyperclovax" else 1 / scaling), softcap
+
+
+def add_overtone_head(
+    model: PreTrainedModel,
+    settings: OvertoneSettings,
+    statistics: OvertoneStatistics,
+    before: Callable | None = None,
+) -> None:
+    """Patch the forward of a causal language model that already carries TRL's fused head.
+
+    Args:
+        model: the model below any PEFT wrapper.
+        settings: the numbers of the loss.
+        statistics: receives what happened to the tokens of every training batch.
+        before: `current_forward(model)` from before TRL's patch; `restore_forward` puts it back.
+
+    Raises:
+        ValueError: the head's weight is quantised, which the loss cannot read, or smaller than `valid_vocab_size`.
+    """
+    head_dtype = model.get_output_embeddings().weight.dtype
+    if not head_dtype.is_floating_point or head_dtype.itemsize < 2:
+        raise ValueError(
+            f"the language-model head is stored as {head_dtype}, and the loss multiplies with its weight directly: leave "
+            "the head out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])."
+        )
+    stock_forward = model.forward
+    text_config = model.config.get_text_config()
+    if settings.valid_vocab_size is not None and settings.valid_vocab_size > text_config.vocab_size:
+        raise ValueError(
+            f"valid_vocab_size={settings.valid_vocab_size} exceeds the model's vocabulary of {text_config.vocab_size} tokens: "
+            "give the number of tokens that the tokenizer really has."
+        )
+    logit_scale, softcap = logit_transform(model.config)
+
+    # `generate` checks its arguments against the signature of the forward, so the class's own is kept.
+    @functools.wraps(type(model).forward)
+    def overtone_forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not (fused_lm_head and self.training):
+            return stock_forward(
+                *args,
+                fused_lm_head=fused_lm_head,
+                labels=labels,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+        # Before the backbone: an embedding lookup of the same bad id would fail without naming it.
+        targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
+        check_labels(targets, settings.valid_vocab_size or text_config.vocab_size)
+
+        kwargs["use_cache"] = False
+        backbone_outputs = self.base_model(*args, **kwargs)
+        hidden = backbone_outputs.last_hidden_state
+        if shift_labels is None:
+            hidden = hidden[:, :-1]
+        # Looked up on each call: FSDP and PEFT replace the head after it was patched.
+        head = self.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        # A model split by `device_map` can end on another device than its head.
+        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
+        gather = functools.partial(gathered_lm_head, weight, bias)
+        if isinstance(weight, DTensor):
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        with gather():
+            losses = overtone_from_hidden(
+                hidden,
+                weight,
+                bias,
+                targets,
+                settings,
+                logit_scale=logit_scale,
+                final_logit_softcapping=softcap,
+                gather=gather,
+            )
+        labelled = targets != IGNORE_INDEX
+        if losses.loss.requires_grad:
+            statistics.record(losses, labelled)
+        count = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = load_balancing_loss_func(
+                backbone_outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+        return fused_lm_head_output()(
+            loss=losses.loss.sum() / count,
+            log_probs=-losses.loss,
+            entropy=losses.entropy,
+            is_top1=losses.is_top1,
+            label_mask=labelled,
+            aux_loss=aux_loss,
+        )
+
+    model.forward = types.MethodType(overtone_forward, model)
+    vars(model)[_BEFORE] = before
