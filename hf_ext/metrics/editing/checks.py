@@ -1,0 +1,47 @@
+"""Refuses settings that cannot work, once, when an evaluator is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_ext.metrics.editing.protocols import GENERATED, PROTOCOLS, Judge
+from hf_ext.metrics.editing.scoring import ANSWER_POLICIES
+
+
+def check_settings(settings: Mapping[str, Any], batch_size: int, judge: Judge | None) -> None:
+    """Raises ValueError naming the argument, its value and the remedy."""
+    protocols = settings["protocols"]
+    unknown = [protocol for protocol in protocols if protocol not in PROTOCOLS]
+    if unknown or not protocols or len(set(protocols)) != len(protocols):
+        raise ValueError(f"protocols={protocols} must name one or more of {list(PROTOCOLS)}, each once")
+    if settings["answer_policy"] not in ANSWER_POLICIES:
+        raise ValueError(f"answer_policy={settings['answer_policy']!r} must be one of {list(ANSWER_POLICIES)}")
+    if ("generate_judge" in protocols) != (judge is not None):
+        raise ValueError('"generate_judge" among the protocols and judge= belong together; give both or neither')
+    for name, value in (
+        ("max_new_tokens", settings["max_new_tokens"]),
+        ("batch_size", batch_size),
+        ("drift_top_k", settings["drift_top_k"]),
+        ("fluency_tokens", settings["fluency_tokens"]),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    stops, separator = settings["stop_strings"], settings["separator"]
+    if "" in stops:
+        raise ValueError("stop_strings holds an empty string, which would end every answer at once; remove it")
+    blank = separator[len(separator.rstrip()) :]
+    if set(protocols) & set(GENERATED) and any(stop in blank for stop in stops):
+        raise ValueError(
+            f"separator={separator!r} ends in a stop string, so decoding would stop before the answer; "
+            f"remove it from stop_strings={stops}"
+        )
+
+
+def context_length(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens the model reads, as far as its configuration or its tokenizer says."""
+    declared = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    return min(tokenizer.model_max_length, tokenizer.model_max_length if declared is None else declared)
