@@ -1,0 +1,41 @@
+"""What every benchmark shares: where results go, and what machine they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "trl")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and library versions, for the results file."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write `results/<name>.json`, through a temporary name; `result["table"]` is what the docs show."""
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    scratch = target.with_suffix(".tmp")
+    scratch.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n")
+    scratch.replace(target)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
