@@ -33,6 +33,9 @@ for overrides in runs:
     results.append(result)
 if trainer.is_world_process_zero():
     (folder / "results.json").write_text(json.dumps(results))
+# A rank that exits while the other still talks to it makes gloo abort the other.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
