@@ -1,0 +1,18 @@
+"""Every benchmark in turn, each in a process of its own: `make bench`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPTS = ("roselora_cost", "overtone_cost", "editing")
+
+
+def main() -> None:
+    for name in SCRIPTS:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+
+
+if __name__ == "__main__":
+    main()
