@@ -31,8 +31,8 @@ from hf_ext.tuners.roselora import density_report
 HERE = Path(str(files("hf_ext.demo")))
 EDITS, DRIFT_TEXTS = HERE / "edits.jsonl", HERE / "drift.txt"
 RECIPES = {
-    "LoRA + SFT": EditRecipe(tuner="lora", loss="ce", learning_rate=1e-3, steps=30),
-    "RoseLoRA + OVERTONE": EditRecipe(tuner="roselora", loss="overtone", learning_rate=5e-3, steps=40),
+    "LoRA + SFT": EditRecipe(tuner="lora", loss="sft", learning_rate=5e-4, steps=30),
+    "RoseLoRA + OVERTONE": EditRecipe(tuner="roselora", loss="overtone", learning_rate=1e-3, steps=30),
 }
 PROTOCOLS = ("teacher_forced_token", "generate_exact")
 # The base model goes on after its answer: "Paris, France. It is ...".

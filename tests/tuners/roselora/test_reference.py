@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -86,12 +86,14 @@ def test_topk_equals_a_stable_sort(shape, density, levels, seed):
 
 
 @settings(deadline=None, max_examples=40)
+@example(shape=(1, 20), density=0.9, seed=0)
 @given(shape=shapes, density=st.floats(0.01, 1.0), seed=st.integers(0, 99))
 def test_reference_rule_keeps_at_least_the_exact_one(shape, density, seed):
     importance = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     exact, loose = ref.topk_mask(importance, density, -1), ref.threshold_mask(importance, density, -1)
     assert (loose | ~exact).all()
-    assert (loose.sum(-1) - exact.sum(-1) <= 1).all()
+    # One more as a rule; two where n * (1 - density) falls just short of a whole number in floating point.
+    assert (loose.sum(-1) - exact.sum(-1) <= 2).all()
 
 
 @settings(deadline=None, max_examples=40)
