@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SCRIPTS = ("roselora_cost", "overtone_cost", "memorised_facts", "editing")
+SCRIPTS = ("roselora_cost", "overtone_cost", "memorised_facts", "overtone_world", "editing")
 
 
 def main() -> None:
