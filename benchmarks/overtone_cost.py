@@ -15,22 +15,17 @@ torch's CPU allocator holds above the start of the call, from the profiler's all
 from __future__ import annotations
 
 import gc
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
-import transformers
-import trl
 from datasets import Dataset
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
@@ -38,12 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
+from benchmarks.common import markdown, write
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.overtone import OvertoneConfig, OvertoneSettings, OvertoneStatistics, OvertoneTrainer
 from hf_ext.trainers.overtone.head import add_overtone_head
 
 VOCAB, HIDDEN, SEED, REPEATS = 262_144, 640, 0, 7
-RESULTS = Path(__file__).parent / "results" / "overtone_cost.json"
 
 
 def allocated_peak(function: Callable[[], Any]) -> float:
@@ -193,15 +188,21 @@ def step_row() -> dict[str, Any]:
     return {"name": "step, Gemma 3 270M, LoRA, 64 labelled of 96", **row}
 
 
-def machine() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
+def table(rows: list[dict[str, Any]]) -> str:
+    """What the docs show."""
+    cells = []
+    for row in rows:
+        seconds, peak = row["seconds"], row["peak_mib"]
+        cells.append(
+            [
+                row["name"],
+                f"{seconds['ours']:.2f} / {seconds['peer']:.2f}",
+                f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
+                f"{peak['ours']:.0f} / {peak['peer']:.0f}",
+                f"{row['memory_ratio']:.2f}",
+            ]
+        )
+    return markdown(["work", "CPU seconds, ours / TRL", "ratio [min, max]", "peak MiB, ours / TRL", "ratio"], cells)
 
 
 def main() -> None:
@@ -213,19 +214,14 @@ def main() -> None:
         "command": "python -m benchmarks.overtone_cost",
         "seed": SEED,
         "repeats": REPEATS,
+        "threads": 1,
         "time": "median CPU seconds of interleaved repeats on one thread; ratios within pairs",
         "memory": "peak of torch's CPU allocator above the start of the call, from the profiler's allocation record",
         "peer": "TRL's fused NLL head (add_fused_lm_head) and SFTTrainer",
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-        },
         "results": rows,
+        "table": table(rows),
     }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write("overtone_cost", report)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers import PreTrainedModel
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -109,6 +110,14 @@ def allow_hotswap(name: str) -> None:
     from peft.utils import hotswap
 
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name]] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def has_injected_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters were added with `add_adapter` or `load_adapter`; the public methods raise where there are none."""
+    return model._hf_peft_config_loaded
 
 
 # -- TRL, for hf_ext.trainers.overtone (imported inside the functions: `import hf_ext` must not import trl) ------------

@@ -1,7 +1,7 @@
 """Each touch of another library's inside, so that a new version of it fails here and says where."""
 
 import pytest
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.utils import hotswap
 
 from hf_ext import _compat
@@ -22,3 +22,9 @@ def test_hotswap_table_is_where_we_expect_it():
 def test_an_unregistered_type_is_named():
     with pytest.raises(RuntimeError, match=r"PeftType.UNKNOWN is not registered; call hf_ext.tuners.register"):
         _compat.peft_type("UNKNOWN")
+
+
+def test_injected_adapters_are_seen(tiny_llama):
+    assert not _compat.has_injected_adapters(tiny_llama)
+    tiny_llama.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert _compat.has_injected_adapters(tiny_llama)

@@ -14,6 +14,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from hf_ext._compat import has_injected_adapters
 from hf_ext.model_cards.base_model import BaseModel, identify
 from hf_ext.model_cards.training import TrainingFacts, as_text, changed_fields, own_fields, training_facts
 from hf_ext.registry import METHODS, Method
@@ -137,7 +138,7 @@ def adapter_name(model: Model) -> str | None:
     if isinstance(model, PeftModel):
         names = list(model.peft_config)
         return names[0] if len(names) == 1 else model.active_adapter
-    if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
+    if isinstance(model, PreTrainedModel) and has_injected_adapters(model):
         active = model.active_adapters()
         if len(active) != 1:
             raise ValueError(f"the model has the active adapters {active}; activate one with `set_adapter`.")
@@ -166,7 +167,7 @@ def saves_embeddings(model: Model, config: PeftConfig, base: BaseModel) -> bool:
 def _base(core: nn.Module, config: PeftConfig | None, explicit: str | None) -> BaseModel:
     name = config.base_model_name_or_path if config else None
     if not name and isinstance(core, PreTrainedModel):
-        name = core.config._name_or_path
+        name = core.config.name_or_path
     return identify(name, config.revision if config else None, explicit)
 
 
