@@ -119,7 +119,4 @@ def test_no_top_level_name_clashes():
 
 
 def test_the_wheel_claims_one_name():
-    import tomllib
-
-    packaging = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert packaging["tool"]["setuptools"]["packages"]["find"]["include"] == ["hf_ext*"]
+    assert '[tool.setuptools.packages.find]\ninclude = ["hf_ext*"]' in (ROOT / "pyproject.toml").read_text()
