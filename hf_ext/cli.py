@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hf-ext: interrupted; nothing half-written was left behind", file=sys.stderr)
+        print("hf-ext: interrupted", file=sys.stderr)
         return 130
 
 

@@ -111,6 +111,7 @@ def edit(
         report_to=[],
         bf16=False,
         gradient_checkpointing=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         seed=seed,
     )
     extra = [*callbacks, *([RoseLoraCallback()] if recipe.tuner == "roselora" else [])]

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from huggingface_hub.utils import disable_progress_bars
 from peft import PeftModel
@@ -76,6 +77,7 @@ def run(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    datasets.disable_progress_bars()
     records = load_edits(edits or EDITS)
     name = model_id or EMBEDDED_MODEL_ID
     _say(f"{len(records)} edits in {name}" + ("" if model_id else " (embedded; converted on its first use)"))

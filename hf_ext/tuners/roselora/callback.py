@@ -21,7 +21,8 @@ class RoseLoraCallback(TrainerCallback):
 
     Pruning itself happens in optimizer hooks and needs no callback. This one sets the horizon for fractional `t_init` and
     `t_final`, writes `roselora_state.safetensors` into every checkpoint and reads it on resume, so that a resumed run
-    equals an uninterrupted one, and adds `roselora/density` to the log history. Each `train()` runs the schedule anew.
+    equals an uninterrupted one, and adds `roselora/density` (what the schedule keeps of each line) and, at the end, `roselora/delta_density` (changed
+    entries of the adapted weights) to the log history. Each `train()` runs the schedule anew.
 
     Args:
         resume_from_checkpoint (`str`, *optional*): the folder handed to `trainer.train(resume_from_checkpoint=...)`, where
@@ -74,8 +75,7 @@ class RoseLoraCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, schedule in pruning.schedules(kwargs["model"]).items():
-            key = "roselora/density" if name == "default" else f"roselora/{name}/density"
-            state.log_history[-1][key] = schedule.density
+            state.log_history[-1][_log_name(name, "density")] = schedule.density
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         snapshot = RoseLoraState(kwargs["model"]).state_dict()  # on every rank: gathering shards is collective
@@ -94,7 +94,11 @@ class RoseLoraCallback(TrainerCallback):
                     stacklevel=2,
                 )
             if state.log_history and state.is_world_process_zero:
-                state.log_history[-1][f"roselora/{name}/delta_density"] = density_report(model, name).density
+                state.log_history[-1][_log_name(name, "delta_density")] = density_report(model, name).density
+
+
+def _log_name(adapter: str, quantity: str) -> str:
+    return f"roselora/{quantity}" if adapter == "default" else f"roselora/{adapter}/{quantity}"
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

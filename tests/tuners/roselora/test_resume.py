@@ -67,7 +67,7 @@ def test_density_is_in_the_log_history(full_run):
     assert logged[0] == 1.0 and logged[-1] == pytest.approx(0.1)
     stored = json.loads((folder / f"checkpoint-{STEPS}/trainer_state.json").read_text())
     assert stored["log_history"][-1]["roselora/density"] == pytest.approx(0.1)
-    assert trainer.state.log_history[-1]["roselora/default/delta_density"] == density_report(trainer.model).density
+    assert trainer.state.log_history[-1]["roselora/delta_density"] == density_report(trainer.model).density
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
