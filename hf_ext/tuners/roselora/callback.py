@@ -21,8 +21,8 @@ class RoseLoraCallback(TrainerCallback):
 
     Pruning itself happens in optimizer hooks and needs no callback. This one sets the horizon for fractional `t_init` and
     `t_final`, writes `roselora_state.safetensors` into every checkpoint and reads it on resume, so that a resumed run
-    equals an uninterrupted one, and adds `roselora/density` (what the schedule keeps of each line) and, at the end, `roselora/delta_density` (changed
-    entries of the adapted weights) to the log history. Each `train()` runs the schedule anew.
+    equals an uninterrupted one. The log history gets `roselora/density`, what the schedule keeps of each line, and at the
+    end `roselora/delta_density`, the share of changed entries. Each `train()` runs the schedule anew.
 
     Args:
         resume_from_checkpoint (`str`, *optional*): the folder handed to `trainer.train(resume_from_checkpoint=...)`, where
