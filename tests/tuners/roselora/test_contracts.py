@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
 from torch import nn
@@ -146,27 +146,49 @@ def test_injected_through_transformers(tmp_path):
     assert pruning.schedules(loaded)["default"].step == 0
 
 
-def test_diffusers_unet(tmp_path):
-    def unet():
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=2,
-            out_channels=2,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=12,
-            attention_head_dim=4,
-        )
-
-    inputs = dict(
-        sample=torch.randn(1, 2, 8, 8), timestep=torch.tensor(3), encoder_hidden_states=torch.randn(1, 5, 12)
+def unet() -> tuple[UNet2DConditionModel, dict]:
+    model = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
     )
-    model = unet()
-    model.add_adapter(rose_config(target_modules=["to_q", "to_v", "conv1"], task_type=None))
+    sample, text = torch.randn(1, 2, 8, 8), torch.randn(1, 5, 12)
+    return model, dict(sample=sample, timestep=torch.tensor(3), encoder_hidden_states=text)
+
+
+def diffusion_transformer() -> tuple[SD3Transformer2DModel, dict]:
+    model = SD3Transformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )
+    sample, text = torch.randn(1, 4, 4, 4), torch.randn(1, 5, 16)
+    shared = dict(pooled_projections=torch.randn(1, 16), timestep=torch.tensor([3]))
+    return model, dict(hidden_states=sample, encoder_hidden_states=text, **shared)
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"), [(unet, ["to_q", "to_v", "conv1"]), (diffusion_transformer, ["to_q", "to_v"])]
+)
+def test_diffusers_models(build, targets, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.add_adapter(rose_config(target_modules=targets, task_type=None))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -178,7 +200,8 @@ def test_diffusers_unet(tmp_path):
     expected = model.eval()(**inputs).sample
     relabel_as_lora(model)
     model.save_lora_adapter(tmp_path)
-    loaded = unet()
+    torch.manual_seed(0)
+    loaded, _ = build()
     loaded.load_lora_adapter(str(tmp_path), prefix=None, use_safetensors=True)
     torch.testing.assert_close(loaded.eval()(**inputs).sample, expected)
     model.set_adapters(["default"], weights=[0.5])
