@@ -10,12 +10,12 @@ from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, TOKEN, without_paths
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        ("trained from /home/alice/models/llama-7b today", "trained from llama-7b today"),
+        ("trained from /home/user/models/llama-7b today", "trained from llama-7b today"),
         ("`/mnt/data/x`", "`x`"),
-        ("(/root/.cache/hub/m)", "(m)"),
+        ("(/srv/cache/hub/m)", "(m)"),
         ("~/models/llama", "llama"),
         ("file:///tmp/run/model", "model"),
-        ("C:\\Users\\alice\\model", "model"),
+        ("C:\\Users\\user\\model", "model"),
     ],
 )
 def test_paths(text, clean):

@@ -61,8 +61,13 @@ class DensityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the totals and one entry per layer."""
-        totals = {name: getattr(self, name) for name in ("nonzeros", "entries", "density", "bound")}
-        return {**totals, "layers": [{**asdict(layer), "density": layer.density} for layer in self.layers]}
+        return {
+            "nonzeros": self.nonzeros,
+            "entries": self.entries,
+            "density": self.density,
+            "bound": self.bound,
+            "layers": [{**asdict(layer), "density": layer.density} for layer in self.layers],
+        }
 
     def __str__(self) -> str:
         rows = [
