@@ -15,7 +15,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.metrics.editing import EditRecord
@@ -33,8 +33,8 @@ class EditRecipe:
     Attributes:
         tuner: `"lora"` or `"roselora"`.
         loss: `"sft"` (cross-entropy by `SFTTrainer`), `"ce"` (the same numbers from OVERTONE's head with `mix_lambda=1` and
-            `clip_epsilon=0`, which on a CPU projects only the labelled tokens), `"ce_stop"` (until its mean is below 0.01,
-            as editing toolkits do) or `"overtone"` (until no token has a gradient).
+            `clip_epsilon=0`, which on a CPU projects only the labelled tokens), `"ce_stop"` (until its mean is below
+            `STOP_LOSS`) or `"overtone"` (until no token has a gradient).
         learning_rate: of AdamW, constant.
         steps: optimizer steps at most, each on all edits at once.
         rank, alpha, target_modules: of the adapter.
@@ -76,14 +76,20 @@ class EditRecipe:
         return RoseLoraConfig(**shared, sparsity=self.sparsity, t_init=self.t_init, t_final=self.t_final)
 
 
+STOP_LOSS = 0.3  # of `"ce_stop"`: the tokens of the answers have probabilities of about 0.75
+
+
 class StopBelow(TrainerCallback):
     """Stop once the training loss is below `threshold`, but not before `min_steps`."""
 
-    def __init__(self, threshold: float, min_steps: int) -> None:
+    def __init__(self, min_steps: int, threshold: float = STOP_LOSS) -> None:
         self.threshold, self.min_steps = threshold, min_steps
 
+    def reached(self, state: TrainerState, logs: dict[str, float] | None) -> bool:
+        return state.global_step >= self.min_steps and (logs or {}).get("loss", self.threshold) < self.threshold
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.global_step >= self.min_steps and (logs or {}).get("loss", self.threshold) < self.threshold:
+        if self.reached(state, logs):
             control.should_training_stop = True
 
 
@@ -127,7 +133,7 @@ def edit(
             **settings, mix_lambda=1.0, clip_epsilon=0.0, stop_when_saturated=False, skip_saturated_steps=False
         )
         if recipe.loss == "ce_stop":
-            extra.append(StopBelow(0.01, recipe.min_steps))
+            extra.append(StopBelow(recipe.min_steps))
         trainer = OvertoneTrainer(args=config, callbacks=extra, **shared)
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
