@@ -1,0 +1,1 @@
+"""Caches for `generate`, and the attention functions that read them."""

@@ -1,0 +1,175 @@
+"""A cache for `generate` that keeps most tokens packed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from hf_ext.cache.squat import state
+from hf_ext.cache.squat.attention import NAME
+from hf_ext.cache.squat.config import SQuatCacheConfig
+from hf_ext.cache.squat.handle import IN_USE
+from hf_ext.cache.squat.layer import SQuatLayer
+
+
+class SQuatCache(DynamicCache):
+    """Keys and values of past tokens in 2 to 8 bits, rounded so that the prompt's queries notice least.
+
+    Pass it to `generate` or to a model's forward as `past_key_values`. With `model.set_attn_implementation("squat")`
+    (or inside `with squat_attention(model)`) decoding reads the packed tokens directly and the rounding knows the
+    queries. Any other attention gets dequantised keys and values, which is correct but slow, and keys are rounded
+    plainly.
+
+    Layers with full attention are packed. Sliding, chunked and linear layers, which do not grow, are kept as in a
+    `DynamicCache`, and so are the latents of multi-head latent attention, which are no keys.
+
+    A cache belongs to one call at a time. Two calls whose forward passes overlap are refused.
+
+    Source: SQuat, https://huggingface.co/papers/2503.24358.
+
+    Args:
+        config (`PreTrainedConfig`): the model's config.
+        offloading (`bool`, defaults to False): keep layers in CPU memory while they are not in use. Sliding layers and
+            those whose keys and values other layers read stay on the accelerator.
+        **settings: fields of `SQuatCacheConfig`: `bits`, `key_bits`, `value_bits`, `group_size`, `residual_length`,
+            `sink_tokens`, ...
+
+    Raises:
+        ValueError: a setting or a model that cannot work, with the remedy.
+
+    Example:
+
+    ```python
+    model.set_attn_implementation("squat")
+    output = model.generate(**inputs, past_key_values=SQuatCache(model.config, bits=2))
+    ```
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: PreTrainedConfig, *, offloading: bool = False, **settings: Any):
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(
+                f"config is a {type(config).__name__}: give the model's config, SQuatCache(model.config, ...)."
+            )
+        if offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "offloading=True: there is no accelerator here, so every layer is in CPU memory already; "
+                "leave offloading out."
+            )
+        self.settings = SQuatCacheConfig(**settings)
+        self.model_config = config.get_text_config(decoder=True)
+        layers = _layers(self.model_config, self.settings)
+        Cache.__init__(self, layers=layers, offloading=offloading)
+        if not self.packed_layers:
+            warnings.warn(
+                f"Nothing of a {self.model_config.model_type!r} model is packed: its layers cache latents, a window "
+                "or a state instead of keys and values of all tokens. A DynamicCache does the same.",
+                stacklevel=2,
+            )
+        self._warned = not self.packed_layers
+        self._first = next((index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)), None)
+        self._length = 0  # tokens before the forward pass that is under way
+        self._updating: dict[str, object] = {}  # what is in `update`, at most one
+        self._resident: int | None = None  # the layer that offloading has not sent away yet
+
+    def __iter__(self):
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def packed_layers(self) -> list[SQuatLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SQuatLayer)]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Append keys and values `(B, H, N, D)` of a layer; returns all of them, as handles where they are packed.
+
+        Raises:
+            RuntimeError: the layers do not agree in length, since two calls use the cache at once or an earlier
+                forward pass was interrupted.
+        """
+        if not self._warned and self.model_config._attn_implementation != NAME:
+            self._warned = True
+            warnings.warn(
+                f"This model uses the attention {self.model_config._attn_implementation!r}, which cannot read a "
+                "SQuatCache packed: results are right, but every step dequantises all tokens and keys are rounded "
+                'without knowing the queries. Call model.set_attn_implementation("squat") first, if the model has '
+                "that choice.",
+                stacklevel=2,
+            )
+        # `setdefault` asks and claims in one step; unlike a lock, a dictionary can be copied with the cache.
+        if self._updating.setdefault("by", own := object()) is not own:
+            raise RuntimeError(IN_USE)
+        try:
+            length = self.layers[layer_idx].get_seq_length()
+            if layer_idx == self._first:
+                self._length = length
+            elif length != self._length:
+                raise RuntimeError(IN_USE)
+            if self.offloading and key_states.device.type != "cpu":
+                self._exchange(layer_idx, key_states.device)
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        finally:
+            self._updating.clear()
+
+    def _exchange(self, layer_idx: int, device: torch.device) -> None:
+        """Send the layer of the last update, whose attention is done, to CPU memory and fetch the next one."""
+        stream = torch.accelerator.current_stream(device)
+        stream.wait_stream(self.prefetch_stream)
+        past = self._resident
+        if (
+            past is not None
+            and past != layer_idx
+            and not (isinstance(self.layers[past], SQuatLayer) and self.layers[past].shared)
+        ):
+            self.offload(past, self.only_non_sliding)
+        # Copies to CPU memory must have ended, and reads of what was fetched before, whose memory is used again.
+        self.prefetch_stream.wait_stream(stream)
+        self.prefetch(layer_idx + 1, self.only_non_sliding)
+        self._resident = layer_idx
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed layers hold, all together."""
+        return sum(layer.nbytes for layer in self.packed_layers)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the cache to one safetensors file; returns its path."""
+        return state.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], config: PreTrainedConfig, device: torch.device | str = "cpu") -> SQuatCache:
+        """The cache that `save` wrote, on `device`, for the model with this `config`.
+
+        Raises:
+            ValueError: the file is damaged, no saved cache, or that of another model.
+        """
+        cache = SQuatCache(config, **state.settings(path))
+        state.restore(cache, path, device)
+        return cache
+
+
+def _layers(config: PreTrainedConfig, settings: SQuatCacheConfig) -> list[Any]:
+    """A `SQuatLayer` for every layer with full attention, and what a `DynamicCache` has for every other."""
+    types, options = get_layer_types_and_kwargs(config)
+    # "store" marks a layer whose keys and values later layers read, or an assistant model.
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
+    layers: list[Any] = []
+    for kind, mode, layer_config, kwargs in zip(types, modes, config.per_layer_config, options, strict=True):
+        latent = getattr(layer_config, "kv_lora_rank", None) is not None
+        if kind == "full_attention" and not latent:
+            layers.append(SQuatLayer(settings, shared=mode == "store"))
+        else:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+    return layers
