@@ -1,0 +1,235 @@
+"""How long one new token takes, and how much a cache weighs: SQuatCache against DynamicCache and QuantizedCache, over context and batch.
+
+One attention layer (8 key-value heads, 4 query heads each, 128 channels) whose cache is filled with random tokens; a step is the cache's update and the attention of
+one token. All caches are measured in turn, several times around, and the medians of the rounds are compared, so that other load on the machine hits all of them.
+Then whole steps of Gemma 3 270M.
+
+    python -m benchmarks.kv_cache.decode [--contexts 1024 ...] [--batches 1 8] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, QuantizedCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from benchmarks.common import RESULTS, markdown, write
+from hf_ext.cache.squat import SQuatCache, SQuatLayer
+from hf_ext.cache.squat.attention import squat_attention_forward
+from hf_ext.demo.model import embedded_model
+from hf_ext.kernels import native
+from hf_ext.metrics.compression import cache_bytes
+
+NAME, HEADS, RATIO, CHANNELS = "kv_cache_decode", 8, 4, 128
+CONFIG = LlamaConfig(
+    num_hidden_layers=1,
+    num_attention_heads=HEADS * RATIO,
+    num_key_value_heads=HEADS,
+    head_dim=CHANNELS,
+    hidden_size=HEADS * RATIO * CHANNELS,
+    attn_implementation="squat",
+)
+MODULE: Any = SimpleNamespace(num_key_value_groups=RATIO, is_causal=True, training=False, layer_idx=0)
+SLOW = 4  # times around for what takes long
+LARGEST = 65536  # tokens of all sequences together, to fit into memory
+
+
+def caches() -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
+    """Caches by name, with the dtype of the model."""
+    found: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
+        "DynamicCache, float32": (torch.float32, lambda: DynamicCache(config=CONFIG)),
+        "DynamicCache, bfloat16": (torch.bfloat16, lambda: DynamicCache(config=CONFIG)),
+    }
+    for bits in (2, 3, 4, 8):
+        found[f"SQuatCache, {bits} bits"] = (torch.float32, lambda bits=bits: SQuatCache(CONFIG, bits=bits))
+    for backend, module in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
+        if importlib.util.find_spec(module.split(".")[0]) is not None:
+            found[f"QuantizedCache, {backend} 4 bits"] = (
+                torch.float32,
+                lambda backend=backend: QuantizedCache(
+                    backend,
+                    CONFIG,
+                    nbits=4,
+                    axis_key=1 if backend == "hqq" else 0,
+                    axis_value=1 if backend == "hqq" else 0,
+                ),
+            )
+    return found
+
+
+def step(cache: Any, dtype: torch.dtype, batch: int) -> None:
+    """One token through the layer."""
+    query = torch.randn(batch, HEADS * RATIO, 1, CHANNELS, dtype=dtype)
+    new = torch.randn(batch, HEADS, 1, CHANNELS, dtype=dtype)
+    keys, values = cache.update(new, new, 0)
+    attention = squat_attention_forward if isinstance(cache, SQuatCache) else sdpa_attention_forward
+    attention(MODULE, query, keys, values, None, scaling=CHANNELS**-0.5)
+
+
+def filled(make: Callable[[], Any], dtype: torch.dtype, batch: int, context: int) -> Any:
+    """A cache of `context` tokens."""
+    cache = make()
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(batch, HEADS, context, CHANNELS, generator=generator).to(dtype) for _ in range(2))
+    cache.update(keys, values, 0)
+    if isinstance(cache, SQuatCache):
+        cache.layers[0].observe(torch.randn(batch, HEADS * RATIO, 256, CHANNELS, generator=generator), None)
+        cache.layers[0].pack()
+    return cache
+
+
+Step = Callable[[Any], None]
+
+
+def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step and bytes, per cache; the caches take turns."""
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for turn in range(rounds + 1):
+        for name, cache in built.items():
+            if name.startswith("Quantized") and turn > SLOW:
+                continue
+            started = time.perf_counter()
+            steps[name](cache)
+            if turn:  # the first is a warm-up
+                times[name].append((time.perf_counter() - started) * 1e3)
+    return {
+        name: {"ms": statistics.median(values), "min_ms": min(values), "bytes": cache_bytes(built[name])}
+        for name, values in times.items()
+    }
+
+
+def layer_steps(context: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """One attention layer."""
+    kinds = caches()
+    built = {name: filled(make, dtype, batch, context) for name, (dtype, make) in kinds.items()}
+    return timed(
+        built,
+        {name: lambda cache, dtype=dtype: step(cache, dtype, batch) for name, (dtype, _) in kinds.items()},
+        rounds,
+    )
+
+
+def model_steps(model: PreTrainedModel, context: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Whole steps of a model, batch 1, its caches filled with random tokens."""
+    config = model.config
+    token = torch.tensor([[5]])
+
+    def full(cache: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, config.num_key_value_heads, context, config.head_dim)
+        for index in range(config.num_hidden_layers):
+            keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+            cache.update(keys, values, index)
+            if isinstance(layer := cache.layers[index], SQuatLayer):
+                layer.observe(
+                    torch.randn(1, config.num_attention_heads, 256, config.head_dim, generator=generator), None
+                )
+                layer.pack()
+        return cache
+
+    def run(implementation: str) -> Step:
+        def one(cache: Any) -> None:
+            model.set_attn_implementation(implementation)
+            model(token, past_key_values=cache)
+
+        return one
+
+    model.set_attn_implementation("squat")
+    built: dict[str, Any] = {"DynamicCache, float32": full(DynamicCache(config=config))}
+    built.update({f"SQuatCache, {bits} bits": full(SQuatCache(config, bits=bits)) for bits in (2, 4)})
+    return timed(built, {name: run("squat" if name.startswith("SQuat") else "sdpa") for name in built}, rounds)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Milliseconds and MiB per cache over context, and the ratio to `DynamicCache` in float32."""
+    lines = []
+    for row in results:
+        base = row["caches"]["DynamicCache, float32"]
+        for name, value in row["caches"].items():
+            lines.append(
+                [
+                    row["what"],
+                    str(row["batch"]),
+                    f"{row['context']:,}",
+                    name,
+                    f"{value['ms']:.2f}",
+                    f"{value['ms'] / base['ms']:.2f}",
+                    f"{value['bytes'] / 2**20:.1f}",
+                ]
+            )
+    return markdown(["what", "batch", "context", "cache", "ms per step", "time / DynamicCache", "MiB"], lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory of a layer over context, batch 1."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in results if row["what"] == "layer" and row["batch"] == 1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in rows[0]["caches"]:
+        shown = [row for row in rows if name in row["caches"]]
+        contexts = [row["context"] for row in shown]
+        left.plot(contexts, [row["caches"][name]["ms"] for row in shown], marker="o", label=name)
+        right.plot(contexts, [row["caches"][name]["bytes"] / 2**20 for row in shown], marker="o")
+    for axes, title in ((left, "one step of one layer, ms"), (right, "cache of one layer, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: list[dict[str, Any]] = []
+
+    def add(what: str, batch: int, context: int, measured: dict[str, dict[str, float]]) -> None:
+        results.append({"what": what, "batch": batch, "context": context, "caches": measured})
+        print(
+            what,
+            batch,
+            context,
+            {name: f"{v['ms']:.2f} ms, {v['bytes'] / 2**20:.1f} MiB" for name, v in measured.items()},
+            flush=True,
+        )
+
+    with torch.no_grad():
+        for batch in options.batches:
+            for context in options.contexts:
+                if batch * context <= LARGEST:
+                    add("layer", batch, context, layer_steps(context, batch, options.rounds))
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+        for context in options.contexts:
+            add("Gemma 3 270M", 1, context, model_steps(model, context, options.rounds))
+    note = (
+        f"Layer: {HEADS} key-value heads, {RATIO} query heads each, {CHANNELS} channels, random tokens. Model: whole step, float32, whose three full-attention layers are packed. "
+        f"Medians of {options.rounds} turns ({SLOW} for QuantizedCache), {options.threads} CPU threads, kernels: {native.status()}. `python -m benchmarks.kv_cache.decode` repeats it."
+    )
+    write(
+        NAME,
+        {
+            "command": "python -m benchmarks.kv_cache.decode",
+            "threads": options.threads,
+            "results": results,
+            "table": f"{table(results)}\n\n{note}",
+        },
+    )
+    plot(results, RESULTS / f"{NAME}.png")
+
+
+if __name__ == "__main__":
+    main()
