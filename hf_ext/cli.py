@@ -87,6 +87,7 @@ def _env(options: argparse.Namespace) -> int:
     import torch
 
     import hf_ext.tuners
+    from hf_ext.kernels import native
 
     packages = "hf-ext torch transformers peft trl diffusers accelerate datasets huggingface-hub bitsandbytes"
     for package in packages.split():
@@ -97,6 +98,7 @@ def _env(options: argparse.Namespace) -> int:
         print(f"{package:16s} {version}")
     print(f"{'python':16s} {platform.python_version()} on {platform.platform()}")
     print(f"{'accelerator':16s} {torch.accelerator.current_accelerator() or 'none'}")
+    print(f"{'CPU kernels':16s} {native.status()}")
     for name, ours in hf_ext.tuners.register().items():
         print(f"{name:16s} {'registered with PEFT' if ours else 'provided by PEFT itself'}")
     return 0

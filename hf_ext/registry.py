@@ -113,7 +113,32 @@ OVERTONE = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE)
+SQUAT = Method(
+    slug="squat",
+    name="SQuat",
+    kind="cache",
+    summary="a key-value cache in 2 to 8 bits for `generate`, rounded so that the prompt's queries notice least",
+    paper_title="SQuat: Subspace-orthogonal KV Cache Quantization",
+    arxiv="2503.24358",
+    citation="""@inproceedings{wang2025squat,
+  title     = {SQuat: Subspace-orthogonal KV Cache Quantization},
+  author    = {Wang, Hao and Han, Ligong and Xu, Kai and Srivastava, Akash},
+  booktitle = {Second Conference on Language Modeling},
+  year      = {2025},
+}""",
+    entry_points={
+        "SQuatCache": "hf_ext.cache.squat",
+        "SQuatCacheConfig": "hf_ext.cache.squat",
+        "squat_attention": "hf_ext.cache.squat",
+    },
+    changes="Nothing in the weights: keys and values of past tokens are stored in few bits while text is generated.",
+    limits=(
+        "Two bits cost quality that a task may notice; measure it, or use four bits for keys.",
+        "Layers with sliding windows, linear attention or multi-head latent attention are not packed.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT)
 
 
 def method(slug: str) -> Method:

@@ -29,7 +29,18 @@ ARROWS = {
     "metrics": {"_compat"},
     "model_cards": {"tuners", "trainers", "metrics", "_compat", "registry"},
     "demo": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "_compat", "registry"},
-    "cli": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "demo", "_compat", "registry"},
+    "cli": {
+        "tuners",
+        "trainers",
+        "pipelines",
+        "cache",
+        "kernels",
+        "metrics",
+        "model_cards",
+        "demo",
+        "_compat",
+        "registry",
+    },
     "__init__": {"registry", "tuners"},
 }
 
