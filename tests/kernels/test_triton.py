@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from hf_ext.kernels import native, quantize
+from hf_ext.kernels import attention, native, quantize
 from hf_ext.kernels.attention import Tokens, reference
 from hf_ext.kernels.attention import triton as attention_kernels
 from hf_ext.kernels.quantize import triton as quantize_kernels
@@ -36,19 +36,20 @@ def cache(
     dtype=torch.float32,
     scales=torch.float16,
     offset=0.0,
+    batch=1,
 ):
-    """Keys and values of one sequence and two heads, of which `lengths` tokens are whole, packed and whole."""
+    """Keys and values of two heads, of which `lengths` tokens are whole, packed and whole."""
     first, packed, recent = lengths
     value_packed = packed if value_packed is None else value_packed
     value_group = max(size for size in range(1, group + 1) if channels % size == 0)
-    keys = numbers(1, 2, packed, channels) + offset * numbers(channels)
+    keys = numbers(batch, 2, packed, channels) + offset * numbers(channels)
     keys = quantize.quantize_keys(keys, bits=bits[0], group_size=group, block_size=channels, scale_dtype=scales)
     values = quantize.quantize_values(
-        numbers(1, 2, value_packed, channels), bits=bits[1], group_size=value_group, scale_dtype=scales
+        numbers(batch, 2, value_packed, channels), bits=bits[1], group_size=value_group, scale_dtype=scales
     )
 
     def whole(count):
-        return numbers(1, 2, count, channels, dtype=dtype)
+        return numbers(batch, 2, count, channels, dtype=dtype)
 
     return (
         Tokens(whole(first), keys, whole(recent), bits[0], group, -2),
@@ -68,12 +69,12 @@ def error(query, keys, values, mask=None, splits=None, **settings):
 
 @not_interpreted
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", "-x", "-rf", __file__]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-x", __file__]
     # Nothing here needs the PEFT types, whose registration takes longer than the tests.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_EXT_AUTO_REGISTER": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 44, done.stdout
 
 
 @interpreted
@@ -140,22 +141,21 @@ def test_attention_with_scales_in_float32(scales, dtype):
 @interpreted
 def test_attention_with_masks_softcap_and_sinks():
     torch.manual_seed(7)
-    query, tokens = numbers(1, 4, 2, 32) * 3, cache(32)
-    settings = dict(scaling=0.5, softcap=5.0, sinks=torch.randn(4), splits=2)
-    mask = torch.rand(1, 1, 2, 107) > 0.4
+    query, tokens = numbers(2, 4, 2, 32) * 3, cache(32, lengths=(4, 32, 7), batch=2)
+    settings = dict(scaling=0.5, softcap=5.0, sinks=torch.randn(4))
+    mask = torch.rand(2, 1, 2, 43) > 0.4
     assert error(query, *tokens, mask, **settings) <= 1e-5
-    assert error(query, *tokens, torch.randn(1, 4, 2, 107), **settings) <= 1e-5
-    assert error(query, *tokens, torch.randn(107, 2).half().T, scaling=0.5) <= 1e-5
-    hidden = torch.zeros(1, 1, 2, 107).masked_fill(~mask, torch.finfo(torch.float32).min)
-    hidden[:, :, 1] = torch.finfo(torch.float32).min
+    assert error(query, *tokens, torch.randn(2, 4, 2, 43), **settings) <= 1e-5
+    assert error(query, *tokens, torch.randn(43, 2).half().T, scaling=0.5) <= 1e-5
+    hidden = torch.zeros(2, 1, 2, 43).masked_fill(~mask, torch.finfo(torch.float32).min)
+    hidden[1, :, 1] = torch.finfo(torch.float32).min
     assert error(query, *tokens, hidden, scaling=0.5) <= 1e-5, (
-        "a row that is hidden by finite numbers is the mean of all values"
+        "a row hidden by finite numbers is the mean of all values"
     )
-    mask[:, :, 1] = False
+    mask[1, :, 1] = False
     assert error(query, *tokens, mask, **settings) <= 1e-5
-    assert not attention_kernels.attend(query, *tokens, mask, scaling=0.5)[:, :, 1].any(), (
-        "a row without tokens gets nothing"
-    )
+    ours = attention_kernels.attend(query, *tokens, mask, scaling=0.5)
+    assert not ours[1, :, 1].any() and ours[0].any(), "a row without tokens gets nothing"
 
 
 @interpreted
@@ -235,6 +235,7 @@ def test_keys_and_values_take_any_strides_and_constant_groups():
     basis, order = numbers(2, 1, 2, 4, 32), torch.arange(31, -1, -1).expand(2, 1, 2, 32)
     settings = dict(bits=4, scale_dtype=torch.float16)
     keys_agree(keys, basis, order, group_size=16, block_size=8, **settings)
+    keys_agree(keys[..., :0, :], basis, order, group_size=16, block_size=8, **settings)
     values_agree(keys, group_size=16, **settings)
     values_agree(keys[0, 0, 0, :0], group_size=16, **settings)
 
@@ -244,6 +245,24 @@ def test_keys_and_values_take_any_strides_and_constant_groups():
 def test_values_get_the_codes_of_the_reference(bits, channels, group):
     torch.manual_seed(11)
     values_agree(numbers(3, 21, channels), bits=bits, group_size=group, scale_dtype=torch.float16)
+
+
+@interpreted
+def test_shapes_that_the_kernels_do_not_take_go_to_the_other_implementations(monkeypatch):
+    torch.manual_seed(12)
+    for package, kernels in ((attention, attention_kernels), (quantize, quantize_kernels)):
+        monkeypatch.setattr(package, "triton_kernels", lambda *_, kernels=kernels: kernels)
+    calls = []
+    kernel = attention_kernels.attend
+    monkeypatch.setattr(
+        attention_kernels, "attend", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs)
+    )
+    for group, channels, taken in ((32, 32, True), (8, 32, False), (32, 8, False)):
+        tokens, query = cache(channels, (3, 3), group, lengths=(1, 32, 2)), numbers(1, 2, 1, channels)
+        ours, truth = attention.attend(query, *tokens, scaling=0.3), reference.attend(query, *tokens, scaling=0.3)
+        torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-4)
+        assert bool(calls) == taken
+        calls.clear()
 
 
 class Target:
@@ -326,10 +345,8 @@ def test_nothing_imports_the_kernels_before_they_are_needed():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_on_the_gpu(bits, dtype):
-    from hf_ext.kernels import attention
-
     assert attention.path(torch.device("cuda")) == "triton"
-    torch.manual_seed(12)
+    torch.manual_seed(13)
     for heads, new in ((2, 1), (8, 1), (16, 4)):
         tokens = cache(128, (bits, bits), lengths=(4, 4096, 37), dtype=dtype)
         assert error(numbers(1, heads, new, 128, dtype=dtype), *tokens) <= 1e-3

@@ -335,7 +335,7 @@ def attend(
             num_warps=4 if padded_rows * channels <= 4096 and not exact else 8, num_stages=2,
         )  # fmt: skip
         _merge[batch * heads, rows](
-            sums, tops, totals, sinks, output, splits, heads, new,
+            sums, tops, totals, None if sinks is None else sinks.contiguous(), output, splits, heads, new,
             R=rows, D=channels, C=triton.next_power_of_2(channels), S=16, num_warps=4,
         )  # fmt: skip
     return output
