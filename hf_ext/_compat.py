@@ -16,7 +16,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,11 @@ def allow_hotswap(name: str) -> None:
 def has_injected_adapters(model: PreTrainedModel) -> bool:
     """Whether adapters were added with `add_adapter` or `load_adapter`; the public methods raise where there are none."""
     return model._hf_peft_config_loaded
+
+
+def set_own_attention(config: PreTrainedConfig, implementation: str | None) -> None:
+    """Set the attention of one part of a model; the property of that name sets those of all sub-configs too."""
+    config._attn_implementation_internal = implementation
 
 
 # -- TRL, for hf_ext.trainers.overtone (imported inside the functions: `import hf_ext` must not import trl) ------------

@@ -3,6 +3,7 @@
 import pytest
 from peft import LoraConfig, PeftType
 from peft.utils import hotswap
+from transformers import AutoConfig
 
 from hf_ext import _compat
 
@@ -28,3 +29,11 @@ def test_injected_adapters_are_seen(tiny_llama):
     assert not _compat.has_injected_adapters(tiny_llama)
     tiny_llama.add_adapter(LoraConfig(target_modules=["q_proj"]))
     assert _compat.has_injected_adapters(tiny_llama)
+
+
+def test_the_attention_of_one_config_is_set_and_not_saved():
+    config = AutoConfig.for_model("gemma3")
+    config._attn_implementation = "sdpa"
+    _compat.set_own_attention(config, "eager")
+    assert (config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
+    assert not [name for name in config.to_dict() if "attn_implementation" in name]

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_ext._compat import set_own_attention
 from hf_ext.cache.squat.handle import layer_of
 from hf_ext.kernels.attention import attend
 
@@ -164,7 +165,7 @@ def squat_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield model
     finally:
         for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+            set_own_attention(config, implementation)
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
