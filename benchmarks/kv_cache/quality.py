@@ -14,6 +14,7 @@ import json
 import math
 import pydoc_data.topics
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,12 +78,10 @@ def replay(model: PreTrainedModel, recorded: SQuatCache, settings: dict[str, Any
     return cache
 
 
-def continuation(model: PreTrainedModel, cache: SQuatCache, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `(1, CONTINUATION - 1, V)` of the tokens after the first of the continuation, `STEP` rows at a time over the packed cache."""
-    parts = []
-    for start in range(PROMPT, ids.shape[1] - 1, STEP):
-        parts.append(model(ids[:, start : min(start + STEP, ids.shape[1] - 1)], past_key_values=cache).logits)
-    return torch.cat(parts, 1)
+def continuation(model: PreTrainedModel, cache: SQuatCache, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits `(1, STEP, V)` after each few tokens of the continuation over the packed cache; the last of them predicts nothing."""
+    for step in ids[:, PROMPT:].split(STEP, 1):
+        yield model(step, past_key_values=cache).logits
 
 
 def bits(model: PreTrainedModel, cache: SQuatCache) -> float:
@@ -134,14 +133,14 @@ def main() -> None:
     with torch.no_grad():
         for index, ids in enumerate(windows(tokenizer, options.windows).split(1)):
             recorded = prefill(model, ids[:, :PROMPT])
-            labels = ids[:, PROMPT + 1 :]
-            full = continuation(model, replay(model, recorded, dict(residual_length=4096)), ids)
+            labels = ids[:, PROMPT + 1 :].split(STEP, 1)
+            full = list(continuation(model, replay(model, recorded, dict(residual_length=4096)), ids))
             for name, comparison in sums.items():
-                cache = replay(model, recorded, SETTINGS[name])
+                cache, own = replay(model, recorded, SETTINGS[name]), LogitComparison()
                 sizes[name] = bits(model, cache)
-                logits, own = continuation(model, cache, ids), LogitComparison()
-                for counter in (own, comparison):
-                    counter.update(logits, full, labels)
+                for logits, truth, label in zip(continuation(model, cache, ids), full, labels, strict=True):
+                    for counter in (own, comparison):
+                        counter.update(logits[:, : label.shape[1]], truth[:, : label.shape[1]], label)
                 increases[name].append(own.result()["perplexity_increase"])
             print(index + 1, {name: round(c.result()["kl_divergence"], 4) for name, c in sums.items()}, flush=True)
     path = RESULTS / f"{NAME}.json"
