@@ -30,34 +30,34 @@ from hf_ext.kernels import native
 from hf_ext.metrics.compression import cache_bytes
 
 NAME, HEADS, RATIO, CHANNELS = "kv_cache_decode", 8, 4, 128
-CONFIG = LlamaConfig(
-    num_hidden_layers=1,
-    num_attention_heads=HEADS * RATIO,
-    num_key_value_heads=HEADS,
-    head_dim=CHANNELS,
-    hidden_size=HEADS * RATIO * CHANNELS,
-    attn_implementation="squat",
-)
 MODULE: Any = SimpleNamespace(num_key_value_groups=RATIO, is_causal=True, training=False, layer_idx=0)
 SLOW = 4  # times around for what takes long
 LARGEST = 65536  # tokens of all sequences together, to fit into memory
 
 
-def caches() -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
-    """Caches by name, with the dtype of the model."""
+def caches(layers: int = 1) -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
+    """Caches of `layers` layers by name, with the dtype of the model."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS * RATIO,
+        num_key_value_heads=HEADS,
+        head_dim=CHANNELS,
+        hidden_size=HEADS * RATIO * CHANNELS,
+        attn_implementation="squat",
+    )
     found: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
-        "DynamicCache, float32": (torch.float32, lambda: DynamicCache(config=CONFIG)),
-        "DynamicCache, bfloat16": (torch.bfloat16, lambda: DynamicCache(config=CONFIG)),
+        "DynamicCache, float32": (torch.float32, lambda: DynamicCache(config=config)),
+        "DynamicCache, bfloat16": (torch.bfloat16, lambda: DynamicCache(config=config)),
     }
     for bits in (2, 3, 4, 8):
-        found[f"SQuatCache, {bits} bits"] = (torch.float32, lambda bits=bits: SQuatCache(CONFIG, bits=bits))
+        found[f"SQuatCache, {bits} bits"] = (torch.float32, lambda bits=bits: SQuatCache(config, bits=bits))
     for backend, module in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
         if importlib.util.find_spec(module.split(".")[0]) is not None:
             found[f"QuantizedCache, {backend} 4 bits"] = (
                 torch.float32,
                 lambda backend=backend: QuantizedCache(
                     backend,
-                    CONFIG,
+                    config,
                     nbits=4,
                     axis_key=1 if backend == "hqq" else 0,
                     axis_value=1 if backend == "hqq" else 0,
@@ -67,23 +67,25 @@ def caches() -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
 
 
 def step(cache: Any, dtype: torch.dtype, batch: int) -> None:
-    """One token through the layer."""
-    query = torch.randn(batch, HEADS * RATIO, 1, CHANNELS, dtype=dtype)
-    new = torch.randn(batch, HEADS, 1, CHANNELS, dtype=dtype)
-    keys, values = cache.update(new, new, 0)
+    """One token through all layers."""
     attention = squat_attention_forward if isinstance(cache, SQuatCache) else sdpa_attention_forward
-    attention(MODULE, query, keys, values, None, scaling=CHANNELS**-0.5)
+    for layer in range(len(cache.layers)):
+        query = torch.randn(batch, HEADS * RATIO, 1, CHANNELS, dtype=dtype)
+        new = torch.randn(batch, HEADS, 1, CHANNELS, dtype=dtype)
+        attention(MODULE, query, *cache.update(new, new, layer), None, scaling=CHANNELS**-0.5)
 
 
 def filled(make: Callable[[], Any], dtype: torch.dtype, batch: int, context: int) -> Any:
     """A cache of `context` tokens."""
     cache = make()
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(batch, HEADS, context, CHANNELS, generator=generator).to(dtype) for _ in range(2))
-    cache.update(keys, values, 0)
-    if isinstance(cache, SQuatCache):
-        cache.layers[0].observe(torch.randn(batch, HEADS * RATIO, 256, CHANNELS, generator=generator), None)
-        cache.layers[0].pack()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (torch.randn(batch, HEADS, context, CHANNELS, generator=generator).to(dtype) for _ in range(2))
+        cache.update(keys, values, index)
+        if isinstance(layer, SQuatLayer):
+            layer.observe(torch.randn(batch, HEADS * RATIO, 256, CHANNELS, generator=generator), None)
+            layer.pack()
+        del keys, values  # two layers at once would count in the memory
     return cache
 
 

@@ -26,18 +26,17 @@ def append(tokens: Tokens, new: torch.Tensor) -> Tokens:
 
 
 def take_first(tokens: Tokens, count: int) -> Tokens:
-    """Move up to `count` tokens from the newest to the first ones, before anything is packed."""
-    return tokens._replace(
-        first=torch.cat([tokens.first, tokens.recent[..., :count, :]], -2),
-        recent=tokens.recent[..., count:, :].clone(),
-    )
+    """Move up to `count` tokens from the newest to the first ones. The newest are a view until the next `pack`."""
+    first = torch.cat([tokens.first, tokens.recent[..., :count, :]], -2)
+    return tokens._replace(first=first, recent=tokens.recent[..., count:, :])
 
 
 def pack(tokens: Tokens, count: int, function: Pack) -> Tokens:
     """Pack the `count` oldest of the newest tokens."""
     packed = function(tokens.recent[..., :count, :])
-    joined = [torch.cat(pair, -2) for pair in zip(tokens.packed, packed, strict=True)]
-    return tokens._replace(packed=Quantized(*joined), recent=tokens.recent[..., count:, :].clone())
+    if tokens.packed.codes.shape[-2]:
+        packed = Quantized(*(torch.cat(pair, -2) for pair in zip(tokens.packed, packed, strict=True)))
+    return tokens._replace(packed=packed, recent=tokens.recent[..., count:, :].clone())
 
 
 def crop(tokens: Tokens, left: int) -> Tokens:
