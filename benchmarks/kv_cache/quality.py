@@ -4,12 +4,13 @@ The text is Python's own language reference as it ships with every interpreter (
 continuation, which is predicted from it step by step. Attention over the prompt itself is exact for every cache, so it is computed once, and each cache
 is filled with the recorded keys, values and queries. Settings that have been measured are kept in the results file, so they can be measured in several runs.
 
-    python -m benchmarks.kv_cache.quality [--windows 40] [--only 2bit-guarded ...]
+    python -m benchmarks.kv_cache.quality [--windows 40] [--only "default, 2 bits" ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import pydoc_data.topics
@@ -27,14 +28,24 @@ from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.compression import LogitComparison
 
 NAME, PROMPT, CONTINUATION, STEP = "kv_cache_quality", 1024, 512, 16
-KINDS = {
-    "plain": dict(subspace_dim=0),
-    "fixed": dict(squat_lambda=1e-3, block_size=64, order="index"),
-    "guarded": dict(),
+PAPER = dict(squat_lambda=1e-3, block_size=64, order="index", clip_ratio=1.0)  # the authors' settings
+SETTINGS = {
+    f"{kind}, {bits} bits": dict(bits=bits, **options)
+    for bits in (2, 3, 4)
+    for kind, options in {
+        "KIVI": dict(subspace_dim=0, clip_ratio=1.0),
+        "SQuat, fixed lambda": PAPER,
+        "SQuat, guarded": dict(clip_ratio=1.0),
+    }.items()
 }
-SETTINGS = {f"{bits}bit-{kind}": dict(bits=bits, **options) for bits in (2, 3, 4) for kind, options in KINDS.items()}
-SETTINGS["k4v2-guarded"] = dict(key_bits=4, value_bits=2)
-SETTINGS["2bit-g64-guarded"] = dict(bits=2, group_size=64, residual_length=64)
+SETTINGS |= {
+    "KIVI with clipping, 2 bits": dict(bits=2, subspace_dim=0),
+    "default, 2 bits": dict(bits=2),
+    "default, 3 bits": dict(bits=3),
+    "default, 2 bits, group_size=32": dict(bits=2, group_size=32, residual_length=32),
+    "default, keys 4 bits, values 2": dict(key_bits=4, value_bits=2),
+    "default, keys 2 bits, values 4": dict(key_bits=2, value_bits=4),
+}
 
 
 class Recorder(SQuatLayer):
@@ -84,6 +95,15 @@ def continuation(model: PreTrainedModel, cache: SQuatCache, ids: torch.Tensor) -
         yield model(step, past_key_values=cache).logits
 
 
+def compare(model: PreTrainedModel, cache: SQuatCache, full: list[torch.Tensor], ids: torch.Tensor) -> LogitComparison:
+    """The continuation's predictions over `cache` against those over the full one."""
+    comparison = LogitComparison()
+    labels = ids[:, PROMPT + 1 :].split(STEP, 1)
+    for logits, truth, label in zip(continuation(model, cache, ids), full, labels, strict=True):
+        comparison.update(logits[:, : label.shape[1]], truth[:, : label.shape[1]], label)
+    return comparison
+
+
 def bits(model: PreTrainedModel, cache: SQuatCache) -> float:
     """Bits per number in the packed layers, whole tokens and what is known of the queries included."""
     layers = cache.packed_layers
@@ -93,6 +113,11 @@ def bits(model: PreTrainedModel, cache: SQuatCache) -> float:
     )
     half = sum(tokens.first.nbytes + tokens.recent.nbytes for layer in layers for tokens in layer.tokens) // 2
     return 8 * (cache.nbytes - half) / numbers  # as in a 16-bit model; this one is in float32
+
+
+def pooled(comparisons: list[LogitComparison]) -> LogitComparison:
+    """All windows as one."""
+    return LogitComparison(*map(sum, zip(*map(dataclasses.astuple, comparisons), strict=True)))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -128,28 +153,24 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         embedded_model(), dtype=torch.float32, attn_implementation="squat"
     ).eval()
-    sums = {name: LogitComparison() for name in options.only}
-    sizes, increases = {}, {name: [] for name in options.only}
+    windows_of: dict[str, list[LogitComparison]] = {name: [] for name in options.only}
+    sizes = {}
     with torch.no_grad():
-        for index, ids in enumerate(windows(tokenizer, options.windows).split(1)):
+        for ids in windows(tokenizer, options.windows).split(1):
             recorded = prefill(model, ids[:, :PROMPT])
-            labels = ids[:, PROMPT + 1 :].split(STEP, 1)
             full = list(continuation(model, replay(model, recorded, dict(residual_length=4096)), ids))
-            for name, comparison in sums.items():
-                cache, own = replay(model, recorded, SETTINGS[name]), LogitComparison()
+            for name, comparisons in windows_of.items():
+                cache = replay(model, recorded, SETTINGS[name])
                 sizes[name] = bits(model, cache)
-                for logits, truth, label in zip(continuation(model, cache, ids), full, labels, strict=True):
-                    for counter in (own, comparison):
-                        counter.update(logits[:, : label.shape[1]], truth[:, : label.shape[1]], label)
-                increases[name].append(own.result()["perplexity_increase"])
-            print(index + 1, {name: round(c.result()["kl_divergence"], 4) for name, c in sums.items()}, flush=True)
+                comparisons.append(compare(model, cache, full, ids))
+                print(name, comparisons[-1].result(), flush=True)
     path = RESULTS / f"{NAME}.json"
     known = json.loads(path.read_text())["settings"] if path.exists() else {}
-    for name, comparison in sums.items():
-        spread = statistics.stdev(increases[name]) / len(increases[name]) ** 0.5 if options.windows > 1 else math.nan
+    for name, comparisons in windows_of.items():
+        increases = [comparison.result()["perplexity_increase"] for comparison in comparisons]
         known[name] = {
-            **comparison.result(),
-            "standard_error": spread,
+            **pooled(comparisons).result(),
+            "standard_error": statistics.stdev(increases) / len(increases) ** 0.5 if len(increases) > 1 else math.nan,
             "bits": sizes[name],
             "arguments": SETTINGS[name],
         }

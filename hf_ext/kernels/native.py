@@ -16,10 +16,10 @@ import torch
 # Instruction sets by what `torch.backends.cpu.get_cpu_capability` calls them, the best first.
 VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _FUNCTIONS = {
-    "hf_ext_quantize_keys": [_POINTER] * 7 + [_LONG] * 6 + [_INT] * 3,
-    "hf_ext_quantize_values": [_POINTER] * 4 + [_LONG] * 3 + [_INT] * 3,
+    "hf_ext_quantize_keys": [_POINTER] * 7 + [_LONG] * 6 + [_INT, _FLOAT, _INT, _INT],
+    "hf_ext_quantize_values": [_POINTER] * 4 + [_LONG] * 3 + [_INT, _FLOAT, _INT, _INT],
     "hf_ext_key_scores": [_POINTER] * 5 + [_LONG] * 6 + [_INT] * 3,
     "hf_ext_value_sums": [_POINTER] * 5 + [_LONG] * 6 + [_INT] * 3,
 }

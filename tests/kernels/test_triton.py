@@ -203,7 +203,9 @@ def test_keys_get_the_codes_of_the_reference(bits, scale_dtype):
     torch.manual_seed(bits)
     keys, basis = numbers(2, 32, 64) * torch.rand(64) * 3, numbers(2, 5, 64)
     order = torch.stack([torch.randperm(64), torch.randperm(64)])
-    keys_agree(keys, basis, order, bits=bits, group_size=32, block_size=8, scale_dtype=scale_dtype)
+    settings = dict(bits=bits, group_size=32, scale_dtype=scale_dtype)
+    keys_agree(keys, basis, order, block_size=8, **settings)
+    keys_agree(keys, basis, order, block_size=8, clip=0.8, **settings)
 
 
 @interpreted
@@ -244,7 +246,9 @@ def test_keys_and_values_take_any_strides_and_constant_groups():
 @pytest.mark.parametrize("bits, channels, group", [(2, 128, 32), (3, 64, 64), (4, 64, 16), (8, 32, 32)])
 def test_values_get_the_codes_of_the_reference(bits, channels, group):
     torch.manual_seed(11)
-    values_agree(numbers(3, 21, channels), bits=bits, group_size=group, scale_dtype=torch.float16)
+    values = numbers(3, 21, channels)
+    values_agree(values, bits=bits, group_size=group, scale_dtype=torch.float16)
+    values_agree(values, bits=bits, group_size=group, scale_dtype=torch.float16, clip=0.8)
 
 
 @interpreted
@@ -319,7 +323,7 @@ def resources(kernel, path):
 def test_compiled_kernels_spill_no_registers(compiled, bits, tmp_path):
     tokens = cache(128, (bits, bits), lengths=(4, 64, 7), dtype=torch.float16)
     attention_kernels.attend(numbers(1, 8, 1, 128, dtype=torch.float16), *tokens, scaling=0.1)
-    settings = dict(bits=bits, group_size=32, scale_dtype=torch.float16)
+    settings = dict(bits=bits, group_size=32, scale_dtype=torch.float16, clip=0.8)
     keys, order = numbers(1, 32, 128, dtype=torch.float16), torch.randperm(128, device=DEVICE)[None]
     quantize_kernels.quantize_keys(keys, numbers(1, 20, 128), order, block_size=8, **settings)
     quantize_kernels.quantize_values(keys, **settings)
@@ -350,7 +354,7 @@ def test_on_the_gpu(bits, dtype):
     for heads, new in ((2, 1), (8, 1), (16, 4)):
         tokens = cache(128, (bits, bits), lengths=(4, 4096, 37), dtype=dtype)
         assert error(numbers(1, heads, new, 128, dtype=dtype), *tokens) <= 1e-3
-    settings = dict(bits=bits, group_size=32, scale_dtype=torch.float16)
+    settings = dict(bits=bits, group_size=32, scale_dtype=torch.float16, clip=0.8)
     order = torch.stack([torch.randperm(128, device=DEVICE) for _ in range(2)])
     keys_agree(numbers(2, 512, 128, dtype=dtype), numbers(2, 20, 128), order, block_size=8, **settings)
     values_agree(numbers(2, 512, 128, dtype=dtype), **settings)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from hf_ext.kernels.quantize import BITS
 
+CLIP_RATIOS = {2: 0.8, 3: 0.95, 4: 1.0, 8: 1.0}
+
 
 @dataclass(frozen=True)
 class SQuatCacheConfig:
@@ -14,11 +16,11 @@ class SQuatCacheConfig:
 
     Args:
         bits (`int`, defaults to 2): bits of a key and of a value: 2, 3, 4 or 8.
-        key_bits (`int`, *optional*): bits of a key, `bits` if absent. Keys deserve more than values: 4 and 2 are better than 3 and 3 on most models.
+        key_bits (`int`, *optional*): bits of a key, `bits` if absent.
         value_bits (`int`, *optional*): bits of a value, `bits` if absent.
-        group_size (`int`, defaults to 32): tokens of a channel (keys) or channels of a token (values) that share a scale and a minimum.
-            A head whose channels are no multiple of it uses the largest divisor below it for its values. Larger is smaller and coarser.
-        residual_length (`int`, defaults to 32): newest tokens that stay whole, a multiple of `group_size`. Between this and `group_size` more are whole at any
+        group_size (`int`, defaults to 64): tokens of a channel (keys) or channels of a token (values) that share a scale and a minimum.
+            A head whose channels are no multiple of it uses the largest divisor below it for its values. 32 takes half a bit more per number and is finer.
+        residual_length (`int`, defaults to 64): newest tokens that stay whole, a multiple of `group_size`. Between this and `group_size` more are whole at any
             time, and as many can be taken back (`crop`) without a trace.
         sink_tokens (`int`, defaults to 4): first tokens that stay whole for good, since most heads look at them (KVQuant,
             https://huggingface.co/papers/2401.18079). In a left-padded row these may be padding.
@@ -28,6 +30,8 @@ class SQuatCacheConfig:
             included, by the score error on held-out queries of the prompt. A number is the paper's lambda, which depends on the length of the prompt (0.001 to 0.1 there).
         block_size (`int`, defaults to 8): channels rounded together before their error is compensated (the paper's g, 64 there).
         order (`"descending"` or `"index"`, defaults to `"descending"`): channels are rounded from the widest range to the narrowest, or in index order as in the paper.
+        clip_ratio (`float` or `"auto"`, defaults to `"auto"`): a group's codes span its range or, where that has the smaller squared error, only this middle share of it.
+            `"auto"` is 0.8 at 2 bits, 0.95 at 3 and 1 above. 1 is the paper's, and KIVI's, min-max.
         schedule (`"lazy"` or `"kivi"`, defaults to `"lazy"`): when tokens are packed. `"lazy"` packs groups older than `residual_length` before the next step.
             `"kivi"` follows the authors' code, for comparison with it: keys `residual_length` at a time as soon as so many are there, values one by one.
 
@@ -38,13 +42,14 @@ class SQuatCacheConfig:
     bits: int = 2
     key_bits: int = None  # type: ignore[assignment]  # `bits`, set below
     value_bits: int = None  # type: ignore[assignment]
-    group_size: int = 32
-    residual_length: int = 32
+    group_size: int = 64
+    residual_length: int = 64
     sink_tokens: int = 4
     subspace_dim: int = 20
     squat_lambda: float | Literal["auto"] = "auto"
     block_size: int = 8
     order: Literal["descending", "index"] = "descending"
+    clip_ratio: float | Literal["auto"] = "auto"
     schedule: Literal["lazy", "kivi"] = "lazy"
 
     def __post_init__(self):
@@ -72,10 +77,19 @@ class SQuatCacheConfig:
         automatic = self.squat_lambda == "auto"
         if not automatic and (isinstance(self.squat_lambda, str | bool) or not 0 <= self.squat_lambda < float("inf")):
             raise ValueError(f"squat_lambda={self.squat_lambda!r}: give 'auto' or a number of at least 0.")
+        ratio = self.clip_ratio
+        if ratio != "auto" and (isinstance(ratio, str | bool) or not 0.5 <= ratio <= 1):
+            raise ValueError(
+                f"clip_ratio={ratio!r}: give 'auto' or a number from 0.5 to 1, the share of a group's range."
+            )
         if self.order not in ("descending", "index"):
             raise ValueError(f"order={self.order!r}: choose 'descending' or 'index'.")
         if self.schedule not in ("lazy", "kivi"):
             raise ValueError(f"schedule={self.schedule!r}: choose 'lazy' or 'kivi'.")
+
+    def clip(self, bits: int) -> float:
+        """The least share of a group's range that codes of `bits` bits span."""
+        return CLIP_RATIOS[bits] if self.clip_ratio == "auto" else float(self.clip_ratio)
 
     def value_group(self, channels: int) -> int:
         """Channels that share a scale in a head of `channels` channels: the largest divisor up to `group_size`."""

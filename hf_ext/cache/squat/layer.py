@@ -182,15 +182,17 @@ class SQuatLayer(CacheLayerMixin):
     def pack(self) -> None:
         """Pack the tokens that are old enough."""
         keys, values = self.tokens
-        if self.config.sink_tokens and not keys.first.shape[-2] and not self.has_packed:
+        begins = self.config.sink_tokens > 0 and not keys.first.shape[-2] and not self.has_packed
+        if begins:
             if not self._due(keys, self.config.sink_tokens):
                 return
             keys, values = (store.take_first(tokens, self.config.sink_tokens) for tokens in (keys, values))
             self.real = None if self.real is None else self.real[:, self.config.sink_tokens :]
         if count := self._due(keys):
             keys = store.pack(keys, count, self._packed_keys)
+            self.tokens = (keys, values)  # the old keys go before the values come
             self.real = None if self.real is None or self.real[:, count:].all() else self.real[:, count:].clone()
-        if count := self._due(values):
+        if (count := self._due(values)) or begins:
             values = store.pack(values, count, self._packed_values)
         self.tokens = (keys, values)
 
@@ -216,11 +218,17 @@ class SQuatLayer(CacheLayerMixin):
             bits=self.config.key_bits,
             group_size=self.config.group_size,
             block_size=self.config.block_size,
+            clip=self.config.clip(self.config.key_bits),
         )
 
     def _packed_values(self, values: torch.Tensor) -> Quantized:
-        group_size = self.config.value_group(values.shape[-1])
-        return self._stored(quantize_values, values, bits=self.config.value_bits, group_size=group_size)
+        return self._stored(
+            quantize_values,
+            values,
+            bits=self.config.value_bits,
+            group_size=self.config.value_group(values.shape[-1]),
+            clip=self.config.clip(self.config.value_bits),
+        )
 
     def _stored(self, quantize: Callable[..., Quantized], *args, **kwargs) -> Quantized:
         """Scale and minimum in float16, which is finer than bfloat16; in float32 from the first number on that it cannot hold."""

@@ -59,6 +59,7 @@ def choose_strength(
     group_size: int,
     block_size: int,
     scale_dtype: torch.dtype,
+    clip: float = 1.0,
 ) -> torch.Tensor:
     """The relative strength among `CANDIDATES` with the least score error on held-out queries, float32 `(B, H)`.
 
@@ -83,6 +84,7 @@ def choose_strength(
         group_size=group_size,
         block_size=block_size,
         scale_dtype=scale_dtype,
+        clip=clip,
     )
     errors = score_error(dequantize(packed, bits, group_size, -2) - keys, held_out_BHND)
     return strengths[errors.argmin(0)]

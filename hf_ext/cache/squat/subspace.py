@@ -100,6 +100,7 @@ class QuerySubspace:
                 group_size=config.group_size,
                 block_size=config.block_size,
                 scale_dtype=scale_dtype,
+                clip=config.clip(config.key_bits),
             )
             self.strength = relative * keys.shape[-1]
         else:

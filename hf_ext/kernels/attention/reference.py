@@ -55,7 +55,7 @@ def softmax(scores_S: torch.Tensor, sinks_Q: torch.Tensor | None) -> torch.Tenso
     else:
         sinks = sinks_Q.to(scores_S.dtype).view(1, -1, 1, 1).expand(*scores_S.shape[:-1], 1)
         weights = torch.cat([scores_S, sinks], -1).softmax(-1)[..., :-1]
-    return weights.nan_to_num(0.0)
+    return weights.nan_to_num_(0.0)
 
 
 def adjust(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | None) -> torch.Tensor:

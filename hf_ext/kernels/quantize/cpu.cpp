@@ -5,15 +5,11 @@
 
 namespace {
 
-// Number as it is stored, and its value afterwards.
-INLINE float put_number(void *to, int64_t at, bool half, float x) {
-    if (!half) {
+INLINE void put_number(void *to, int64_t at, bool half, float x) {
+    if (half)
+        static_cast<uint16_t *>(to)[at] = float_to_half(x);
+    else
         static_cast<float *>(to)[at] = x;
-        return x;
-    }
-    const uint16_t h = float_to_half(x);
-    static_cast<uint16_t *>(to)[at] = h;
-    return half_to_float(h);
 }
 
 // Code of x, half to even, 0 if the group is constant. The comparison order also turns NaN into a valid code.
@@ -21,6 +17,35 @@ INLINE float encode(float x, float low, float step, float top) {
     if (!(step > 0)) return 0;
     const float code = std::nearbyint((x - low) / step);
     return code > 0 ? (code < top ? code : top) : 0;
+}
+
+// What the codes of a group stand for, with numbers as they are stored.
+struct Grid {
+    float step, low;
+};
+
+INLINE Grid stored(float step, float low, bool half) { return half ? Grid{half_to_float(float_to_half(step)), half_to_float(float_to_half(low))} : Grid{step, low}; }
+
+INLINE float squared_error(const float *x, int64_t count, Grid grid, float top) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float delta = encode(x[i], grid.low, grid.step, top) * grid.step + grid.low - x[i];
+        sum += delta * delta;
+    }
+    return sum;
+}
+
+// The range of a group, or the middle share `clip` of it where that has the smaller error.
+INLINE Grid fit(const float *x, int64_t count, float top, float clip, bool half) {
+    float low = x[0], high = x[0];
+    for (int64_t i = 1; i < count; ++i) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    const Grid whole = stored((high - low) / top, low, half);
+    if (!(clip < 1)) return whole;
+    const Grid narrow = stored(clip * (high - low) / top, low + (1 - clip) / 2 * (high - low), half);
+    return squared_error(x, count, narrow, top) < squared_error(x, count, whole, top) ? narrow : whole;
 }
 
 // Bytes of one token's codes, in planes.
@@ -52,7 +77,7 @@ extern "C" {
 // keys (heads, tokens, channels); basis, gains (heads, rank, channels) in the order (heads, channels) in which channels are rounded, null for
 // plain rounding; codes (heads, tokens, channels * bits / 8); scale, minimum (heads, tokens / group, channels).
 void hf_ext_quantize_keys(const float *keys, const float *basis, const float *gains, const int64_t *order, uint8_t *codes, void *scale, void *minimum, int64_t heads,
-                          int64_t tokens, int64_t channels, int64_t rank, int64_t group, int64_t block, int bits, int half, int threads) {
+                          int64_t tokens, int64_t channels, int64_t rank, int64_t group, int64_t block, int bits, float clip, int half, int threads) {
     const int64_t groups = tokens / group, token_bytes = channels * bits / 8;
     const float top = (1 << bits) - 1;
     parallel(threads, [=](int part) {
@@ -71,17 +96,13 @@ void hf_ext_quantize_keys(const float *keys, const float *basis, const float *ga
                     const float *own = turned.data() + channel * group;
                     std::copy(own, own + group, target.begin());
                     if (first > 0) compensate(target.data(), error.data(), gains + head * rank * channels + position, channels, rank, group);
-                    float low = target[0], high = target[0];
-                    for (int64_t t = 1; t < group; ++t) {
-                        low = target[t] < low ? target[t] : low;
-                        high = target[t] > high ? target[t] : high;
-                    }
-                    const float step = put_number(scale, item * channels + channel, half, (high - low) / top);
-                    const float base = put_number(minimum, item * channels + channel, half, low);
+                    const Grid grid = fit(target.data(), group, top, clip, half);
+                    put_number(scale, item * channels + channel, half, grid.step);
+                    put_number(minimum, item * channels + channel, half, grid.low);
                     for (int64_t t = 0; t < group; ++t) {
-                        const float code = encode(target[t], base, step, top);
+                        const float code = encode(target[t], grid.low, grid.step, top);
                         unpacked[t * channels + channel] = uint8_t(code);
-                        delta[i * group + t] = code * step + base - own[t];
+                        delta[i * group + t] = code * grid.step + grid.low - own[t];
                     }
                 }
                 for (int64_t r = 0; r < rank; ++r)
@@ -96,7 +117,7 @@ void hf_ext_quantize_keys(const float *keys, const float *basis, const float *ga
 }
 
 // values (tokens, channels); codes (tokens, channels * bits / 8); scale, minimum (tokens, channels / group).
-void hf_ext_quantize_values(const float *values, uint8_t *codes, void *scale, void *minimum, int64_t tokens, int64_t channels, int64_t group, int bits, int half, int threads) {
+void hf_ext_quantize_values(const float *values, uint8_t *codes, void *scale, void *minimum, int64_t tokens, int64_t channels, int64_t group, int bits, float clip, int half, int threads) {
     const int64_t groups = channels / group, token_bytes = channels * bits / 8;
     const float top = (1 << bits) - 1;
     parallel(threads, [=](int part) {
@@ -104,14 +125,10 @@ void hf_ext_quantize_values(const float *values, uint8_t *codes, void *scale, vo
         for (int64_t t = tokens * part / threads; t < tokens * (part + 1) / threads; ++t) {
             for (int64_t g = 0; g < groups; ++g) {
                 const float *x = values + t * channels + g * group;
-                float low = x[0], high = x[0];
-                for (int64_t c = 1; c < group; ++c) {
-                    low = x[c] < low ? x[c] : low;
-                    high = x[c] > high ? x[c] : high;
-                }
-                const float step = put_number(scale, t * groups + g, half, (high - low) / top);
-                const float base = put_number(minimum, t * groups + g, half, low);
-                for (int64_t c = 0; c < group; ++c) unpacked[g * group + c] = uint8_t(encode(x[c], base, step, top));
+                const Grid grid = fit(x, group, top, clip, half);
+                put_number(scale, t * groups + g, half, grid.step);
+                put_number(minimum, t * groups + g, half, grid.low);
+                for (int64_t c = 0; c < group; ++c) unpacked[g * group + c] = uint8_t(encode(x[c], grid.low, grid.step, top));
             }
             pack_token(unpacked.data(), channels, bits, codes + t * token_bytes);
         }

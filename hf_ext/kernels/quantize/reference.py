@@ -38,21 +38,43 @@ class Quantized(NamedTuple):
 
 
 def group_quantize(
-    x_TD: torch.Tensor, bits: int, group_size: int, axis: int, scale_dtype: torch.dtype = torch.float32
+    x_TD: torch.Tensor,
+    bits: int,
+    group_size: int,
+    axis: int,
+    scale_dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
 ) -> Quantized:
-    """Asymmetric min-max quantisation in groups along `axis` (-2: tokens, -1: channels), to the nearest code, half to even.
+    """Asymmetric quantisation in groups along `axis` (-2: tokens, -1: channels), to the nearest code, half to even.
 
-    Codes refer to the scale and minimum as they are stored in `scale_dtype`. A constant group gets scale 0 and code 0.
+    The codes span the range of a group (min-max), or only the middle share `clip` of it where that has the smaller squared error: with few codes
+    the ends of the range are worth less than a finer step between them. Codes refer to the scale and minimum as they are stored in `scale_dtype`.
+    A constant group gets scale 0 and code 0.
     """
     groups = x_TD.float().unflatten(axis, (-1, group_size))
     low, high = groups.aminmax(dim=axis, keepdim=True)
+    best = _span(groups, low, high - low, bits, scale_dtype)
+    if clip < 1:
+        narrow = _span(groups, low + (1 - clip) / 2 * (high - low), clip * (high - low), bits, scale_dtype)
+        better = _squared_error(groups, narrow, axis) < _squared_error(groups, best, axis)
+        best = Quantized(*(torch.where(better, *pair) for pair in zip(narrow, best, strict=True)))
+    return Quantized(best.codes.flatten(axis - 1, axis), best.scale.squeeze(axis), best.minimum.squeeze(axis))
+
+
+def _span(
+    groups: torch.Tensor, low: torch.Tensor, span: torch.Tensor, bits: int, scale_dtype: torch.dtype
+) -> Quantized:
+    """Codes that span `span` from `low` on, groups still apart."""
     top = 2**bits - 1
-    scale = ((high - low) / top).to(scale_dtype)
-    minimum = low.to(scale_dtype)
+    scale, minimum = (span / top).to(scale_dtype), low.to(scale_dtype)
     step = scale.float()
     codes = ((groups - minimum.float()) / torch.where(step > 0, step, 1)).round_().clamp_(0, top)
-    codes = torch.where(step > 0, codes, 0).to(torch.uint8)
-    return Quantized(codes.flatten(axis - 1, axis), scale.squeeze(axis), minimum.squeeze(axis))
+    return Quantized(torch.where(step > 0, codes, 0).to(torch.uint8), scale, minimum)
+
+
+def _squared_error(groups: torch.Tensor, quantized: Quantized, axis: int) -> torch.Tensor:
+    codes, scale, minimum = (part.float() for part in quantized)
+    return (codes * scale + minimum - groups).square_().sum(axis, keepdim=True)
 
 
 def dequantize(quantized: Quantized, group_size: int, axis: int) -> torch.Tensor:
@@ -89,6 +111,7 @@ def quantize(
     axis: int = -2,
     block_size: int = 8,
     scale_dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
 ) -> Quantized:
     """Quantise with compensation through `basis_KD`, or plainly without one.
 
@@ -100,12 +123,13 @@ def quantize(
         axis: -2 for groups of tokens in one channel, -1 for groups of channels of one token.
         block_size: channels that are rounded together; D gives plain rounding.
         scale_dtype: dtype of scale and minimum.
+        clip: the least share of a group's range that its codes span, as in `group_quantize`.
 
     Returns:
         Unpacked codes with their groups.
     """
     if basis_KD is None or block_size >= x_TD.shape[-1]:
-        return group_quantize(x_TD, bits, group_size, axis, scale_dtype)
+        return group_quantize(x_TD, bits, group_size, axis, scale_dtype, clip)
     x_TD, basis_KD = x_TD.float(), basis_KD.float()
     columns = gains(basis_KD, block_size)
     error_TK = x_TD.new_zeros(*x_TD.shape[:-1], basis_KD.shape[-2])
@@ -113,7 +137,7 @@ def quantize(
     for start in range(0, x_TD.shape[-1], block_size):
         block = slice(start, start + block_size)
         target = x_TD[..., block] - error_TK @ columns[..., block]
-        part = group_quantize(target, bits, group_size, axis, scale_dtype)
+        part = group_quantize(target, bits, group_size, axis, scale_dtype, clip)
         error_TK += (dequantize(part, group_size, axis) - x_TD[..., block]) @ basis_KD[..., block].mT
         parts.append(part)
     return Quantized(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))

@@ -31,6 +31,26 @@ def _encode(x, low, step, TOP: tl.constexpr):
 
 
 @triton.jit
+def _fit(x, axis: tl.constexpr, TOP: tl.constexpr, CLIP: tl.constexpr, DTYPE: tl.constexpr):
+    """Step and minimum of the groups along `axis`, as they are stored: of their range, or of its middle share CLIP where that has the smaller error."""
+    low, high = tl.min(x, axis, keep_dims=True), tl.max(x, axis, keep_dims=True)
+    step, minimum = tl.div_rn(high - low, 1.0 * TOP).to(DTYPE), low.to(DTYPE)
+    if CLIP < 1:
+        narrow_step = tl.div_rn(CLIP * (high - low), 1.0 * TOP).to(DTYPE)
+        narrow_minimum = (low + (1 - CLIP) / 2 * (high - low)).to(DTYPE)
+        error = _squared_error(x, minimum.to(tl.float32), step.to(tl.float32), axis, TOP)
+        narrow = _squared_error(x, narrow_minimum.to(tl.float32), narrow_step.to(tl.float32), axis, TOP) < error
+        step, minimum = tl.where(narrow, narrow_step, step), tl.where(narrow, narrow_minimum, minimum)
+    return step, minimum
+
+
+@triton.jit
+def _squared_error(x, low, step, axis: tl.constexpr, TOP: tl.constexpr):
+    delta = _encode(x, low, step, TOP) * step + low - x
+    return tl.sum(delta * delta, axis, keep_dims=True)
+
+
+@triton.jit
 def _add_planes(bytes_GW, code_GN, channel_N, real_N, D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr):
     """Bytes with codes of BITS bits added at their places."""
     PLANE: tl.constexpr = D * BITS // 8
@@ -44,7 +64,7 @@ def _add_planes(bytes_GW, code_GN, channel_N, real_N, D: tl.constexpr, W: tl.con
 def _quantize_keys(
     keys, key_head, key_token, key_channel, order, gains, basis, codes, scale, minimum, tokens,
     D: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
-    G: tl.constexpr, W: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, W: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program l * (T / G) + g: group g of the keys of a leading index l."""
     head = (tl.program_id(0) // (tokens // G)).to(tl.int64)
@@ -68,16 +88,14 @@ def _quantize_keys(
             at_KN = (head * RANK + rank_K[:, None]) * D + place_N[None, :]
             there_KN = (rank_K < RANK)[:, None] & real_N[None, :]
             target_GN -= tl.dot(error_GK, tl.load(gains + at_KN, mask=there_KN, other=0), input_precision=PRECISION)
-        low_N, high_N = tl.min(target_GN, 0), tl.max(target_GN, 0)
-        scale_N = tl.div_rn(high_N - low_N, 1.0 * ((1 << BITS) - 1)).to(scale.dtype.element_ty)
-        minimum_N = low_N.to(minimum.dtype.element_ty)
-        at_N = (head * (tokens // G) + group) * D + channel_N
-        tl.store(scale + at_N, scale_N, mask=real_N)
-        tl.store(minimum + at_N, minimum_N, mask=real_N)
-        step_N, low_N = scale_N.to(tl.float32), minimum_N.to(tl.float32)
-        code_GN = _encode(target_GN, low_N[None, :], step_N[None, :], (1 << BITS) - 1)
+        scale_1N, minimum_1N = _fit(target_GN, 0, (1 << BITS) - 1, CLIP, scale.dtype.element_ty)
+        at_1N = ((head * (tokens // G) + group) * D + channel_N)[None, :]
+        tl.store(scale + at_1N, scale_1N, mask=real_N[None, :])
+        tl.store(minimum + at_1N, minimum_1N, mask=real_N[None, :])
+        step_1N, low_1N = scale_1N.to(tl.float32), minimum_1N.to(tl.float32)
+        code_GN = _encode(target_GN, low_1N, step_1N, (1 << BITS) - 1)
         if RANK:
-            delta_GN = code_GN * step_N[None, :] + low_N[None, :] - key_GN
+            delta_GN = code_GN * step_1N + low_1N - key_GN
             basis_KN = tl.load(basis + at_KN, mask=there_KN, other=0)
             error_GK = tl.dot(delta_GN, tl.trans(basis_KN), error_GK, input_precision=PRECISION)
         if BITS == 8:
@@ -108,7 +126,7 @@ def _store_planes(at_T, code_TD, there_T, T: tl.constexpr, D: tl.constexpr, BITS
 @triton.jit(do_not_specialize=["tokens", "value_head"])
 def _quantize_values(
     values, value_head, value_token, value_channel, codes, scale, minimum, tokens,
-    D: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """Program l * ceil(tokens / T) + t: tile t of the values of a leading index l."""
     head = (tl.program_id(0) // tl.cdiv(tokens, T)).to(tl.int64)
@@ -118,14 +136,11 @@ def _quantize_values(
     at_TD = values + head * value_head + token_T[:, None] * value_token + channel_D[None, :] * value_channel
     value_TD = tl.load(at_TD, mask=there_T[:, None], other=0).to(tl.float32)
     groups = tl.reshape(value_TD, (T, D // GROUP, GROUP))
-    low, high = tl.min(groups, 2), tl.max(groups, 2)
-    step = tl.div_rn(high - low, 1.0 * ((1 << BITS) - 1)).to(scale.dtype.element_ty)
-    low = low.to(minimum.dtype.element_ty)
-    group_D = tl.arange(0, D // GROUP)
-    at = (head * tokens + token_T)[:, None] * (D // GROUP) + group_D[None, :]
-    tl.store(scale + at, step, mask=there_T[:, None])
-    tl.store(minimum + at, low, mask=there_T[:, None])
-    code = _encode(groups, low.to(tl.float32)[:, :, None], step.to(tl.float32)[:, :, None], (1 << BITS) - 1)
+    step, low = _fit(groups, 2, (1 << BITS) - 1, CLIP, scale.dtype.element_ty)
+    at = (head * tokens + token_T)[:, None, None] * (D // GROUP) + tl.arange(0, D // GROUP)[None, :, None]
+    tl.store(scale + at, step, mask=there_T[:, None, None])
+    tl.store(minimum + at, low, mask=there_T[:, None, None])
+    code = _encode(groups, low.to(tl.float32), step.to(tl.float32), (1 << BITS) - 1)
     code_TD = tl.reshape(code, (T, D)).to(tl.int32)
     at_T = codes + (head * tokens + token_T) * (D * BITS // 8)
     if BITS == 3:
@@ -166,6 +181,7 @@ def quantize_keys(
     group_size: int,
     block_size: int,
     scale_dtype: torch.dtype,
+    clip: float = 1.0,
 ) -> Quantized:
     """The same as `hf_ext.kernels.quantize.quantize_keys`, for what `supports_keys` accepts."""
     *leading, tokens, channels = keys.shape
@@ -192,13 +208,16 @@ def quantize_keys(
         _quantize_keys[(heads * (tokens // group_size),)](
             keys, *keys.stride(), order, gains, basis, codes, scale, minimum, tokens,
             D=channels, RANK=rank, K=max(triton.next_power_of_2(rank), 16), BLOCK=block_size, N=max(triton.next_power_of_2(block_size), 16),
-            G=group_size, W=max(width, 16), HIGH=max(triton.next_power_of_2(channels // 8), 16), BITS=bits, PRECISION=precision(keys.device),
+            G=group_size, W=max(width, 16), HIGH=max(triton.next_power_of_2(channels // 8), 16), BITS=bits, CLIP=clip,
+            PRECISION=precision(keys.device),
             num_warps=4 if group_size <= 64 else 8,
         )  # fmt: skip
     return Quantized(codes, scale, minimum)
 
 
-def quantize_values(values: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype) -> Quantized:
+def quantize_values(
+    values: torch.Tensor, *, bits: int, group_size: int, scale_dtype: torch.dtype, clip: float = 1.0
+) -> Quantized:
     """The same as `hf_ext.kernels.quantize.quantize_values`, for what `supports_values` accepts."""
     *leading, tokens, channels = values.shape
     heads = math.prod(leading)
@@ -209,6 +228,6 @@ def quantize_values(values: torch.Tensor, *, bits: int, group_size: int, scale_d
     with torch.accelerator.device_index(values.device.index):
         _quantize_values[(heads * triton.cdiv(tokens, VALUE_TOKENS),)](
             values, *values.stride(), codes, scale, minimum, tokens,
-            D=channels, GROUP=group_size, T=VALUE_TOKENS, BITS=bits, num_warps=4,
+            D=channels, GROUP=group_size, T=VALUE_TOKENS, BITS=bits, CLIP=clip, num_warps=4,
         )  # fmt: skip
     return Quantized(codes, scale, minimum)

@@ -185,7 +185,7 @@ def test_padding_widens_no_group():
     assert (ours.codes[:1, :, 24:] == theirs.codes).float().mean() > 0.99
     # A group that is cut by the padding has the range of its real keys.
     real[0, :28] = False
-    padded = SQuatLayer(SQuatCacheConfig(**{**SMALL, "sink_tokens": 0, "subspace_dim": 0}))
+    padded = SQuatLayer(SQuatCacheConfig(**{**SMALL, "sink_tokens": 0, "subspace_dim": 0, "clip_ratio": 1.0}))
     wild[..., :28, :] *= 100
     padded.update(torch.cat([wild, keys]), torch.cat([values, values]))
     padded.observe(query(96), real)
@@ -249,6 +249,7 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
         squat_lambda=setting["lam"],
         block_size=setting["g"],
         order="index",
+        clip_ratio=1.0,
         schedule="kivi",
     )
     layer = SQuatLayer(config)
@@ -278,7 +279,7 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
     [
         (dict(bits=5), r"bits=5: choose one of 2, 3, 4, 8"),
         (dict(key_bits=16), r"key_bits=16: choose one of"),
-        (dict(residual_length=40), r"residual_length=40 is not a multiple of group_size=32.*use 64"),
+        (dict(residual_length=40), r"residual_length=40 is not a multiple of group_size=64.*use 64"),
         (dict(group_size=0), r"group_size=0: give an integer of at least 2"),
         (dict(group_size=2.5), r"group_size=2.5: give an integer"),
         (dict(sink_tokens=-1), r"sink_tokens=-1"),
@@ -287,6 +288,8 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
         (dict(squat_lambda=-1.0), r"squat_lambda=-1.0: give 'auto' or a number of at least 0"),
         (dict(squat_lambda="0.1"), r"squat_lambda='0.1'"),
         (dict(squat_lambda=float("nan")), r"squat_lambda=nan"),
+        (dict(clip_ratio=0.4), r"clip_ratio=0.4: give 'auto' or a number from 0.5 to 1"),
+        (dict(clip_ratio="0.8"), r"clip_ratio='0.8'"),
         (dict(order="random"), r"order='random': choose 'descending' or 'index'"),
         (dict(schedule="eager"), r"schedule='eager'"),
     ],
