@@ -15,7 +15,6 @@ import json
 import math
 import pydoc_data.topics
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.compression import LogitComparison
 
 NAME, PROMPT, CONTINUATION, STEP = "kv_cache_quality", 1024, 512, 16
+TOGETHER = 4  # windows at a time
 PAPER = dict(squat_lambda=1e-3, block_size=64, order="index", clip_ratio=1.0)  # the authors' settings
 SETTINGS = {
     f"{kind}, {bits} bits": dict(bits=bits, **options)
@@ -89,19 +89,20 @@ def replay(model: PreTrainedModel, recorded: SQuatCache, settings: dict[str, Any
     return cache
 
 
-def continuation(model: PreTrainedModel, cache: SQuatCache, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits `(1, STEP, V)` after each few tokens of the continuation over the packed cache; the last of them predicts nothing."""
-    for step in ids[:, PROMPT:].split(STEP, 1):
-        yield model(step, past_key_values=cache).logits
-
-
-def compare(model: PreTrainedModel, cache: SQuatCache, full: list[torch.Tensor], ids: torch.Tensor) -> LogitComparison:
-    """The continuation's predictions over `cache` against those over the full one."""
-    comparison = LogitComparison()
-    labels = ids[:, PROMPT + 1 :].split(STEP, 1)
-    for logits, truth, label in zip(continuation(model, cache, ids), full, labels, strict=True):
-        comparison.update(logits[:, : label.shape[1]], truth[:, : label.shape[1]], label)
-    return comparison
+def compare(
+    model: PreTrainedModel, recorded: SQuatCache, caches: dict[str, SQuatCache], ids: torch.Tensor
+) -> dict[str, list[LogitComparison]]:
+    """The continuation's predictions over each cache against those over the full one, a comparison for every window of `ids`."""
+    full = replay(model, recorded, dict(residual_length=4096))
+    comparisons = {name: [LogitComparison() for _ in ids] for name in caches}
+    steps, labels = ids[:, PROMPT:-1].split(STEP, 1), ids[:, PROMPT + 1 :].split(STEP, 1)
+    for step, label in zip(steps, labels, strict=True):
+        truth = model(step, past_key_values=full).logits
+        for name, cache in caches.items():
+            logits = model(step, past_key_values=cache).logits
+            for row, comparison in enumerate(comparisons[name]):
+                comparison.update(logits[row], truth[row], label[row])
+    return comparisons
 
 
 def bits(model: PreTrainedModel, cache: SQuatCache) -> float:
@@ -154,16 +155,16 @@ def main() -> None:
         embedded_model(), dtype=torch.float32, attn_implementation="squat"
     ).eval()
     windows_of: dict[str, list[LogitComparison]] = {name: [] for name in options.only}
-    sizes = {}
+    sizes: dict[str, float] = {}
     with torch.no_grad():
-        for ids in windows(tokenizer, options.windows).split(1):
+        for ids in windows(tokenizer, options.windows).split(TOGETHER):
             recorded = prefill(model, ids[:, :PROMPT])
-            full = list(continuation(model, replay(model, recorded, dict(residual_length=4096)), ids))
+            caches = {name: replay(model, recorded, SETTINGS[name]) for name in options.only}
+            sizes = {name: bits(model, cache) for name, cache in caches.items()}
+            for name, comparisons in compare(model, recorded, caches, ids).items():
+                windows_of[name] += comparisons
             for name, comparisons in windows_of.items():
-                cache = replay(model, recorded, SETTINGS[name])
-                sizes[name] = bits(model, cache)
-                comparisons.append(compare(model, cache, full, ids))
-                print(name, comparisons[-1].result(), flush=True)
+                print(len(comparisons), name, pooled(comparisons).result(), flush=True)
     path = RESULTS / f"{NAME}.json"
     known = json.loads(path.read_text())["settings"] if path.exists() else {}
     for name, comparisons in windows_of.items():
