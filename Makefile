@@ -30,7 +30,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m docs.generate
 
 # Every script prints its ratios and rewrites its file in benchmarks/results/.
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run_all
 
 $(VENV)/bin/python:
@@ -42,6 +42,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	touch $@
 
 clean:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-SCRIPTS = ("roselora_cost", "overtone_cost", "memorised_facts", "overtone_world", "editing")
+SCRIPTS = (
+    "roselora_cost",
+    "overtone_cost",
+    "memorised_facts",
+    "overtone_world",
+    "editing",
+    "kv_cache.quality",
+    "kv_cache.decode",
+    "kv_cache.memory",
+)
 
 
 def main() -> None:

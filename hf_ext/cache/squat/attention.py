@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_ext._compat import set_own_attention
-from hf_ext.cache.squat.handle import layer_of
+from hf_ext.cache.squat.handle import KVHandle, layer_of, uncompiled
 from hf_ext.kernels.attention import attend
 
 NAME = "squat"
@@ -62,6 +62,15 @@ def squat_attention_forward(
         ValueError: the model attends to blocks of its own choice.
         RuntimeError: two calls use the cache at once.
     """
+    if isinstance(key, KVHandle) or isinstance(value, KVHandle):
+        return _with_cache(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    attention_mask = _complete(module, attention_mask, query.shape[2], key, False, kwargs)
+    return _ordinary(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+
+
+@uncompiled
+def _with_cache(module, query, key, value, attention_mask, scaling, dropout, kwargs):
+    """The attention where keys, values or both are handles of a `SQuatCache`."""
     layer = layer_of(key, value)
     attention_mask = _complete(module, attention_mask, query.shape[2], key, layer is not None, kwargs)
     if layer is None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 from hf_ext.cache.squat import state
 from hf_ext.cache.squat.attention import NAME
 from hf_ext.cache.squat.config import SQuatCacheConfig
-from hf_ext.cache.squat.handle import IN_USE
+from hf_ext.cache.squat.handle import IN_USE, uncompiled
 from hf_ext.cache.squat.layer import SQuatLayer
 
 
@@ -92,6 +92,7 @@ class SQuatCache(DynamicCache):
     def packed_layers(self) -> list[SQuatLayer]:
         return [layer for layer in self.layers if isinstance(layer, SQuatLayer)]
 
+    @uncompiled
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Append keys and values `(B, H, N, D)` of a layer; returns all of them, as handles where they are packed.
 

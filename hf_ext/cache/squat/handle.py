@@ -17,6 +17,10 @@ IN_USE = (
 )
 
 
+# `torch.compile` leaves the cache alone: tensors of changing size behind handles are nothing that it could trace. It compiles what lies between.
+uncompiled = torch.compiler.disable(reason="a SQuatCache grows; use a StaticCache to compile whole steps")
+
+
 class KVHandle(torch.Tensor):
     """The keys or the values of a layer, as `update` returns them to the model.
 

@@ -206,6 +206,32 @@ def test_packed_attention_serves_other_caches(name, options):
 
 
 @torch.no_grad()
+def test_a_compiled_forward_is_the_same_and_says_so_where_it_cannot_be_whole():
+    model = model_named("llama")
+    ids, step = prompt(56), prompt(1)
+    with squat_attention(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        caches = [SQuatCache(model.config, **{**EIGHT, "bits": 2}) for _ in range(2)]
+        compiled = torch.compile(model.forward, backend="eager")
+        for tokens in [ids] + [step] * 20:
+            right, ours = (
+                run(tokens, past_key_values=cache) for run, cache in zip((model, compiled), caches, strict=True)
+            )
+            assert torch.equal(ours.logits, right.logits)
+        torch.compiler.reset()
+        whole = torch.compile(model.forward, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="a SQuatCache grows; use a StaticCache"):
+            whole(ids, past_key_values=SQuatCache(model.config, **EIGHT))
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized", "dynamic"])
+def test_a_cache_and_the_name_of_another_are_refused(implementation):
+    model = model_named("llama")
+    with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+        generate(model, SQuatCache(model.config, **EIGHT), prompt(20), cache_implementation=implementation)
+
+
+@torch.no_grad()
 def test_sparse_attention_keeps_its_choice_of_keys():
     model = models.sparse()
     right = model(prompt(56)).logits
