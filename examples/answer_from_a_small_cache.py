@@ -1,11 +1,13 @@
 """Read a long text once, keep its cache small, and answer several questions from copies of it.
 
-Shows the cache's size against full precision, and that it goes on where it was after a trip through a file.
+The text is a part of Python's language reference, about 4,000 tokens. Shows the cache's size against full precision, and that it goes on where it was after a trip
+through a file.
 """
 
 from __future__ import annotations
 
 import copy
+import pydoc_data.topics
 import tempfile
 from pathlib import Path
 
@@ -14,19 +16,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_ext import SQuatCache
 from hf_ext.demo.model import embedded_model
-from hf_ext.demo.run import DRIFT_TEXTS
 from hf_ext.metrics.compression import cache_bytes
 
-QUESTIONS = ("\n\nThe first sentence of this text is:", "\n\nIn short, this text is about")
+TOPICS = ("for", "while", "with", "try", "if", "assert")
+QUESTIONS = (
+    "\n\nQ: Which statement inserts debugging assertions?\nA: the statement",
+    "\n\nExample of a loop over a range:\n\n   for i in",
+)
 
 
 def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), attn_implementation="squat")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    text = DRIFT_TEXTS.read_text(encoding="utf-8")
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in TOPICS)
     prefix = tokenizer(text, return_tensors="pt")
 
-    cache = SQuatCache(model.config, key_bits=4, value_bits=2)
+    cache = SQuatCache(model.config, bits=3)
     full = DynamicCache(config=model.config)
     with torch.no_grad():
         for each in (cache, full):
@@ -41,8 +46,10 @@ def main() -> None:
         cache = SQuatCache.load(cache.save(Path(folder) / "prefix.safetensors"), model.config)
     for question in QUESTIONS:
         inputs = tokenizer(text + question, return_tensors="pt")
-        output = model.generate(**inputs, past_key_values=copy.deepcopy(cache), max_new_tokens=20, do_sample=False)
-        print(question.strip(), tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
+        print(question.strip())
+        for name, each in (("packed", cache), ("full", full)):
+            output = model.generate(**inputs, past_key_values=copy.deepcopy(each), max_new_tokens=8, do_sample=False)
+            print(f"  {name}: {tokenizer.decode(output[0, inputs.input_ids.shape[1] :])!r}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,11 @@ class SQuatCache(DynamicCache):
                 raise RuntimeError(IN_USE)
             if self.offloading and key_states.device.type != "cpu":
                 self._exchange(layer_idx, key_states.device)
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+            layer = self.layers[layer_idx]
+            states = layer.update(key_states, value_states, *args, **kwargs)
+            if getattr(layer, "is_sliding", False) and key_states.shape[-2] > 1:
+                _release(layer)
+            return states
         finally:
             self._updating.clear()
 
@@ -159,6 +163,14 @@ class SQuatCache(DynamicCache):
         cache = SQuatCache(config, **state.settings(path))
         state.restore(cache, path, device)
         return cache
+
+
+def _release(layer: CacheLayerMixin) -> None:
+    """Copy a window out of the prompt that it is a view of, and would keep alive, and copy, with every copy of the cache."""
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name)
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            setattr(layer, name, tensor.clone())
 
 
 def _layers(config: PreTrainedConfig, settings: SQuatCacheConfig) -> list[Any]:

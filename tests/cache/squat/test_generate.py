@@ -340,6 +340,18 @@ def test_what_is_packed_never_changes():
     assert [len(hashes) for hashes in seen] == [(256 - 1 - 4 - 16) // 16] * 2
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_windows_do_not_keep_the_prompt_alive(name):
+    model = model_named(name)
+    cache = SQuatCache(model.config, **EIGHT)
+    with squat_attention(model), torch.no_grad():
+        model(prompt(56), past_key_values=cache)
+    windows = [layer for layer in cache.layers if layer.is_sliding]
+    assert windows
+    for layer in windows:
+        assert layer.keys.shape[-2] < 56 and layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
 def test_latents_are_not_packed():
     config = model_named("deepseek_v3").config
     with pytest.warns(UserWarning, match="Nothing of a 'deepseek_v3' model is packed"):
