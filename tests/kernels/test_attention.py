@@ -101,6 +101,21 @@ def test_low_precision_queries_and_whole_tokens(attend, dtype):
     torch.testing.assert_close(out, reference.attend(query, *cache, scaling=0.125))
 
 
+@pytest.mark.parametrize("heads, ratio, tokens", [(1, 1, 1), (4, 1, 1), (4, 1, 3), (2, 3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sinks_with_any_number_of_rows(attend, heads, ratio, tokens, masked):
+    torch.manual_seed(3)
+    cache = packed_cache(heads=heads)
+    query, mask = torch.randn(2, heads * ratio, tokens, 64), torch.rand(2, 1, tokens, 139) > 0.3 if masked else None
+    settings = dict(scaling=0.2, sinks=torch.randn(heads * ratio))
+    torch.testing.assert_close(
+        attend(query, *cache, mask, **settings),
+        reference.attend(query, *cache, mask, **settings),
+        atol=2e-5,
+        rtol=1e-5,
+    )
+
+
 def test_float32_scales(attend):
     cache = packed_cache(half=False)
     query = torch.randn(2, 4, 1, 64)

@@ -14,10 +14,11 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_ext._compat import set_own_attention
 from hf_ext.cache.squat.handle import KVHandle, layer_of, uncompiled
+from hf_ext.cache.squat.layer import SQuatLayer
 from hf_ext.kernels.attention import attend
 
 NAME = "squat"
-MOST_ROWS = 16  # new tokens that count as decoding: one, or the candidates of assisted decoding
+ROWS = 16  # new tokens that read the packed ones together
 _IGNORED = {"position_ids", "cache_position"}  # tensors that are handed to an attention but change nothing
 _UNDERSTOOD = {*_IGNORED, "s_aux"}  # tensors that the packed path deals with
 _SDPA = {
@@ -41,7 +42,7 @@ def squat_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention for transformers' `AttentionInterface`.
 
-    A few new tokens attend to the packed ones as they are. A prompt attends to whole keys and values, its queries are
+    New tokens, as many as stay whole, attend to the packed ones as they are. A prompt attends to whole keys and values, its queries are
     observed, and then its tokens are packed. Keys and values that do not come straight from a `SQuatCache` take the
     ordinary attention.
 
@@ -76,25 +77,50 @@ def _with_cache(module, query, key, value, attention_mask, scaling, dropout, kwa
     if layer is None:
         return _ordinary(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     tokens = query.shape[2]
-    few = tokens <= MOST_ROWS and (tokens == 1 or attention_mask is not None)
-    if few and layer.has_packed and not dropout and _packed_can(kwargs):
-        keys, values = layer.tokens
-        output = attend(
-            query,
-            keys,
-            values,
-            attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
-        return output.transpose(1, 2).contiguous(), None
-    result = _ordinary(module, query, *layer.materialize(), attention_mask, scaling, dropout, kwargs)
-    if tokens > 1 and not (few and layer.has_packed):
-        layer.observe(query, _real(attention_mask, tokens))
+    real = _real(attention_mask, tokens, query.shape[0]) if tokens > 1 else None
+    if real is not None:
+        layer.mark(real)
+    few = tokens <= layer.config.residual_length and (tokens == 1 or attention_mask is not None)
+    if few and layer.has_packed:
+        if dropout or not _packed_can(kwargs) or (torch.is_grad_enabled() and query.requires_grad):
+            return _ordinary(
+                module, query, layer.materialize(0), layer.materialize(1), attention_mask, scaling, dropout, kwargs
+            )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _packed(layer, query, attention_mask, scaling, kwargs), None
+    result = _ordinary(
+        module, query, layer.materialize(0), layer.materialize(1), attention_mask, scaling, dropout, kwargs
+    )
+    if tokens > 1:
+        layer.observe(query, real)
         if not layer.shared:
             layer.pack()
     return result
+
+
+@torch.no_grad()
+def _packed(
+    layer: SQuatLayer, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """The attention of a few tokens, `(B, N, Q, D)`; the packed ones are read once for `ROWS` of them."""
+    keys, values = layer.tokens
+    parts = []
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, query.shape[2], ROWS):
+            rows = slice(start, start + ROWS)
+            own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+            parts.append(
+                attend(
+                    query[:, :, rows],
+                    keys,
+                    values,
+                    own,
+                    scaling=scaling,
+                    softcap=kwargs.get("softcap"),
+                    sinks=kwargs.get("s_aux"),
+                ).transpose(1, 2)
+            )
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _packed_can(kwargs: dict[str, Any]) -> bool:
@@ -148,12 +174,15 @@ def _ordinary(module, query, key, value, mask, scaling, dropout, kwargs):
     return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
-def _real(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """Which of the newest `tokens` are no padding, `(B, N)`: the ones that the last query attends to."""
+def _real(mask: torch.Tensor | None, tokens: int, batch: int) -> torch.Tensor | None:
+    """Which of the newest `tokens` are no padding, `(B, N)`: those that any of their queries attends to, in any head."""
     if mask is None:
         return None
-    last = mask[:, 0, -1, -tokens:]
-    real = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    newest = mask[..., -tokens:]
+    seen = newest if newest.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+    if seen[:, :, -1].all():
+        return None
+    real = seen.flatten(1, 2).any(1).expand(batch, -1)
     return None if real.all() else real
 
 

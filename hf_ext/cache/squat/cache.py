@@ -32,7 +32,8 @@ class SQuatCache(DynamicCache):
     plainly.
 
     Layers with full attention are packed. Sliding, chunked and linear layers, which do not grow, are kept as in a
-    `DynamicCache`, and so are the latents of multi-head latent attention, which are no keys.
+    `DynamicCache`, and so are layers that are both linear and full attention, and the latents of multi-head latent
+    attention, which are no keys.
 
     A cache belongs to one call at a time. Two calls whose forward passes overlap are refused.
 
@@ -69,13 +70,14 @@ class SQuatCache(DynamicCache):
                 "leave offloading out."
             )
         self.settings = SQuatCacheConfig(**settings)
+        self._config = config
         self.model_config = config.get_text_config(decoder=True)
         layers = _layers(self.model_config, self.settings)
         Cache.__init__(self, layers=layers, offloading=offloading)
         if not self.packed_layers:
             warnings.warn(
                 f"Nothing of a {self.model_config.model_type!r} model is packed: its layers cache latents, a window "
-                "or a state instead of keys and values of all tokens. A DynamicCache does the same.",
+                "or a state, or a state beside their keys and values. A DynamicCache does the same.",
                 stacklevel=2,
             )
         self._warned = not self.packed_layers
@@ -100,14 +102,22 @@ class SQuatCache(DynamicCache):
             RuntimeError: the layers do not agree in length, since two calls use the cache at once or an earlier
                 forward pass was interrupted.
         """
-        if not self._warned and self.model_config._attn_implementation != NAME:
+        if not self._warned and self._config.get_text_config(decoder=True)._attn_implementation != NAME:
             self._warned = True
             warnings.warn(
                 f"This model uses the attention {self.model_config._attn_implementation!r}, which cannot read a "
                 "SQuatCache packed: results are right, but every step dequantises all tokens and keys are rounded "
                 'without knowing the queries. Call model.set_attn_implementation("squat") first, if the model has '
                 "that choice.",
-                stacklevel=2,
+                stacklevel=3,
+            )
+        if not self._warned and getattr(self.layers[layer_idx], "slow_steps", False):
+            self._warned = True
+            warnings.warn(
+                "This model computes with its keys and values before the attention, or asks the attention for what "
+                "packed tokens cannot give (its weights, gradients), so every step dequantises all tokens: results "
+                "are right, but a DynamicCache is faster.",
+                stacklevel=3,
             )
         # `setdefault` asks and claims in one step; unlike a lock, a dictionary can be copied with the cache.
         if self._updating.setdefault("by", own := object()) is not own:

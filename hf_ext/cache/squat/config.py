@@ -57,7 +57,7 @@ class SQuatCacheConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.bits)
         for name in ("bits", "key_bits", "value_bits"):
-            if getattr(self, name) not in BITS:
+            if type(getattr(self, name)) is not int or getattr(self, name) not in BITS:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, BITS))}.")
         for name, least in (
             ("group_size", 2),
@@ -74,13 +74,11 @@ class SQuatCacheConfig:
                 f"residual_length={self.residual_length} is not a multiple of group_size={self.group_size}: keys are packed in whole groups; "
                 f"use {-(-self.residual_length // self.group_size) * self.group_size}."
             )
-        automatic = self.squat_lambda == "auto"
-        if not automatic and (isinstance(self.squat_lambda, str | bool) or not 0 <= self.squat_lambda < float("inf")):
+        if self.squat_lambda != "auto" and not (_number(self.squat_lambda) and 0 <= self.squat_lambda < float("inf")):
             raise ValueError(f"squat_lambda={self.squat_lambda!r}: give 'auto' or a number of at least 0.")
-        ratio = self.clip_ratio
-        if ratio != "auto" and (isinstance(ratio, str | bool) or not 0.5 <= ratio <= 1):
+        if self.clip_ratio != "auto" and not (_number(self.clip_ratio) and 0.5 <= self.clip_ratio <= 1):
             raise ValueError(
-                f"clip_ratio={ratio!r}: give 'auto' or a number from 0.5 to 1, the share of a group's range."
+                f"clip_ratio={self.clip_ratio!r}: give 'auto' or a number from 0.5 to 1, the share of a group's range."
             )
         if self.order not in ("descending", "index"):
             raise ValueError(f"order={self.order!r}: choose 'descending' or 'index'.")
@@ -108,7 +106,16 @@ class SQuatCacheConfig:
                 f"{which}_bits={bits}: the model's head dimension {channels} is not a multiple of {per_byte}, so the codes of a token do not fill "
                 f"whole bytes; use {which}_bits=8 or a DynamicCache."
             )
+        if which == "key" and self.subspace_dim and self.block_size >= channels:
+            raise ValueError(
+                f"block_size={self.block_size}: the model's head dimension is {channels}, so nothing would be left to compensate in; choose a smaller "
+                "divisor, or subspace_dim=0 for plain rounding."
+            )
         if which == "key" and self.subspace_dim and channels % self.block_size:
             raise ValueError(
                 f"block_size={self.block_size} does not divide the model's head dimension {channels}; choose a divisor."
             )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

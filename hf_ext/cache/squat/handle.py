@@ -47,7 +47,7 @@ class KVHandle(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore[override]
         def whole(handle: KVHandle) -> torch.Tensor:
-            return _current(handle).materialize()[handle.kind].contiguous()  # as the handle claims to be
+            return _current(handle).materialize(handle.kind).contiguous()  # as the handle claims to be
 
         return func(*tree_map_only(KVHandle, whole, args), **tree_map_only(KVHandle, whole, kwargs or {}))
 

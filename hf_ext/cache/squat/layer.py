@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,17 @@ from hf_ext.kernels.attention import Tokens
 from hf_ext.kernels.quantize import Quantized, quantize_keys, quantize_values
 
 
+def aside(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of a layer that runs outside of autograd and autocast: float32 must stay float32, and nothing here has a gradient."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            method(self, *args, **kwargs)
+
+    return run
+
+
 class SQuatLayer(CacheLayerMixin):
     """Keys and values of one attention layer, most of them packed.
 
@@ -26,6 +38,7 @@ class SQuatLayer(CacheLayerMixin):
         tokens: the keys and the values, None before the first update.
         subspace: what is known of the queries.
         materializations: how often packed tokens were dequantised for an attention that cannot read them packed.
+        slow_steps: how often that was for a single new token.
     """
 
     is_sliding = False
@@ -34,7 +47,7 @@ class SQuatLayer(CacheLayerMixin):
 
     def __init__(self, config: SQuatCacheConfig, shared: bool = False):
         self.config, self.shared = config, shared
-        self.materializations = 0
+        self.materializations = self.slow_steps = 0
         self.reset()
 
     def reset(self) -> None:
@@ -42,6 +55,7 @@ class SQuatLayer(CacheLayerMixin):
         self.is_initialized = False
         self.tokens: tuple[Tokens, Tokens] = None  # type: ignore[assignment]
         self.subspace: QuerySubspace | None = None
+        self.newest = 0  # tokens of the last update
         self.real: torch.Tensor | None = None  # (B, R) bool: which of the newest tokens are no padding; None: all
 
     # -- What transformers calls ---------------------------------------------------------------------------------------
@@ -70,6 +84,7 @@ class SQuatLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         keys, values = self.tokens
         self.tokens = (store.append(keys, key_states), store.append(values, value_states))
+        self.newest = key_states.shape[-2]
         if self.real is not None:
             self.real = torch.cat([self.real, self.real.new_ones(key_states.shape[0], key_states.shape[-2])], -1)
         return self._handle(0), self._handle(1)
@@ -106,10 +121,9 @@ class SQuatLayer(CacheLayerMixin):
             self.reset()
             return
         keys, values = self.tokens
+        cut = left < sum(keys.lengths[:2])  # the newest tokens are then others than those that were marked
         self.tokens = (store.crop(keys, left), store.crop(values, left))
-        if self.real is not None:
-            waiting = self.tokens[0].recent.shape[-2]
-            self.real = self.real[:, :waiting] if waiting <= self.real.shape[-1] else None
+        self.real = None if self.real is None or cut else self.real[:, : self.tokens[0].recent.shape[-2]]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -143,12 +157,12 @@ class SQuatLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """All keys, dequantised."""
-        return self.materialize()[0] if self.tokens else None
+        return self.materialize(0) if self.tokens else None
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """All values, dequantised."""
-        return self.materialize()[1] if self.tokens else None
+        return self.materialize(1) if self.tokens else None
 
     # -- What the attention function calls -----------------------------------------------------------------------------
 
@@ -156,35 +170,40 @@ class SQuatLayer(CacheLayerMixin):
     def has_packed(self) -> bool:
         return self.tokens[0].packed.codes.shape[-2] > 0 or self.tokens[1].packed.codes.shape[-2] > 0
 
-    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, dequantised, `(B, H, S, D)` each."""
+    def materialize(self, kind: int) -> torch.Tensor:
+        """All keys (0) or values (1), dequantised, `(B, H, S, D)`."""
         self.materializations += self.has_packed
-        keys, values = self.tokens
-        return keys.whole(self.dtype), values.whole(self.dtype)
+        self.slow_steps += self.has_packed and self.newest == 1
+        return self.tokens[kind].whole(self.dtype)
 
-    def observe(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
+    @aside
+    def mark(self, real: torch.Tensor) -> None:
+        """Remember which of the newest tokens are no padding, `(B, N)`."""
+        waiting = self.tokens[0].recent.shape[-2]
+        if self.real is None:
+            self.real = real.new_ones(real.shape[0], waiting)
+        size = min(real.shape[-1], waiting)
+        self.real[:, waiting - size :] = real[:, real.shape[-1] - size :]
+
+    @aside
+    def observe(self, query: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Learn from the queries of a prompt or a chunk of one, before its keys are packed.
 
         Args:
             query: `(B, Q, N, D)`.
             real: `(B, N)`, False for padding; None if there is none.
         """
-        if real is not None:
-            waiting = self.tokens[0].recent.shape[-2]
-            if self.real is None:
-                self.real = real.new_ones(real.shape[0], waiting)
-            size = min(real.shape[-1], waiting)
-            self.real[:, waiting - size :] = real[:, real.shape[-1] - size :]
-            query = query * real[:, None, :, None]
         if self.config.subspace_dim:
             self.subspace = QuerySubspace.of(query, self.subspace, self.tokens[0].recent.shape[1], self.config, real)
 
+    @aside
     def pack(self) -> None:
         """Pack the tokens that are old enough."""
         keys, values = self.tokens
         begins = self.config.sink_tokens > 0 and not keys.first.shape[-2] and not self.has_packed
         if begins:
             if not self._due(keys, self.config.sink_tokens):
+                self.tokens = (store.release(keys), store.release(values))
                 return
             keys, values = (store.take_first(tokens, self.config.sink_tokens) for tokens in (keys, values))
             self.real = None if self.real is None else self.real[:, self.config.sink_tokens :]

@@ -30,9 +30,9 @@ def directions(gram_DD: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def gram(rows_ND: torch.Tensor) -> torch.Tensor:
-    """Q^T Q in float32, `(*, D, D)`."""
+    """Q^T Q in float32, `(*, D, D)`; nothing where a number is not finite."""
     rows_ND = rows_ND.float()
-    return rows_ND.mT @ rows_ND
+    return (product := rows_ND.mT @ rows_ND).where(product.isfinite().all(-1).all(-1)[..., None, None], 0)
 
 
 def descending_range(keys_TD: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from hf_ext.kernels.attention import Tokens
-from hf_ext.kernels.quantize import Quantized, dequantize
+from hf_ext.kernels.quantize import Quantized
 
 Pack = Callable[[torch.Tensor], Quantized]
 
@@ -23,6 +23,12 @@ def token_step(tokens: Tokens) -> int:
 def append(tokens: Tokens, new: torch.Tensor) -> Tokens:
     """With `new` tokens at the end; they are not copied if no others wait there."""
     return tokens._replace(recent=torch.cat([tokens.recent, new], -2) if tokens.recent.shape[-2] else new)
+
+
+def release(tokens: Tokens) -> Tokens:
+    """With newest tokens that are no view of something larger, such as queries, keys and values in one."""
+    recent = tokens.recent
+    return tokens._replace(recent=recent.clone()) if recent.untyped_storage().nbytes() > recent.nbytes else tokens
 
 
 def take_first(tokens: Tokens, count: int) -> Tokens:
@@ -46,8 +52,9 @@ def crop(tokens: Tokens, left: int) -> Tokens:
         return tokens._replace(recent=tokens.recent[..., : left - first - packed, :].clone())
     step = token_step(tokens)
     kept = max(left - first, 0) // step
-    cut = Quantized(tokens.packed.codes[..., kept * step :, :], *(part[..., kept:, :] for part in tokens.packed[1:]))
-    rest = dequantize(cut, tokens.bits, tokens.group_size, tokens.axis)[..., : max(left - first, 0) - kept * step, :]
+    rest = tokens.dequantized(kept * step, min((kept + 1) * step, packed))[
+        ..., : max(left - first, 0) - kept * step, :
+    ]
     return tokens._replace(
         first=tokens.first[..., :left, :].clone(),
         packed=Quantized(

@@ -12,6 +12,7 @@ from hf_ext.cache.squat.config import SQuatCacheConfig
 
 HELD_OUT = 64  # query rows of a head that judge the strength
 SAMPLE = 512  # tokens that the strength is chosen on
+SLICE = 1024  # tokens whose queries are in float32 at a time
 
 
 @dataclasses.dataclass
@@ -46,32 +47,30 @@ class QuerySubspace:
         """The subspace after more queries.
 
         Args:
-            query: `(B, Q, N, D)`, rows of padding set to zero; query heads of one key-value head are neighbours.
+            query: `(B, Q, N, D)`; query heads of one key-value head are neighbours.
             past: what was known before; its leading directions count as queries with their energy.
             heads: H, the number of key-value heads.
             config: settings of the cache.
             real: `(B, N)`, False for padding; None if there is none.
         """
         rows = query.unflatten(1, (heads, -1))  # (B, H, Q / H, N, D)
+        batch, _, ratio, tokens, _ = rows.shape
+        kept = real if real is not None else torch.ones(batch, tokens, dtype=torch.bool, device=rows.device)
         known = 0 if past is None else past.energy[..., None, None] * reference.gram(past.directions)
         trial = held_out = None
         if config.squat_lambda == "auto":
             # The last quarter of each sequence is held out, counted from its end, so that padding in front changes nothing.
-            batch, _, ratio, tokens, _ = rows.shape
-            count = torch.full((batch,), tokens, device=rows.device) if real is None else real.sum(-1)
-            held = count // 4
+            held = kept.sum(-1) // 4
             early = torch.arange(tokens, device=rows.device) < (tokens - held)[:, None]  # (B, N)
             picks = torch.arange(max(HELD_OUT // ratio, 1), device=rows.device)
             picks = (tokens - held[:, None] + picks * held[:, None] // len(picks)).clamp(max=tokens - 1)
-            held_out = rows.take_along_dim(picks[:, None, None, :, None], -2).flatten(2, 3)
-            held_out = held_out * (held > 0)[:, None, None, None]  # too short to hold anything out: plain rounding
-            early = early[:, None, None, :, None]
-            known = known + reference.gram((rows * early).flatten(2, 3))
+            held_out = rows.take_along_dim(picks[:, None, None, :, None], -2)
+            # A sequence too short to hold anything out is rounded plainly.
+            held_out = (held_out * ((held > 0)[:, None] & kept.gather(1, picks))[:, None, None, :, None]).flatten(2, 3)
+            known = known + _gram(rows, kept & early)
             trial = _normalised(reference.directions(known, config.subspace_dim))[0]
-            rows = rows * ~early
-        directions, energy = _normalised(
-            reference.directions(known + reference.gram(rows.flatten(2, 3)), config.subspace_dim)
-        )
+            kept = kept & ~early
+        directions, energy = _normalised(reference.directions(known + _gram(rows, kept), config.subspace_dim))
         return cls(directions.half(), energy, trial=trial, held_out=held_out)
 
     def basis(
@@ -120,6 +119,16 @@ class QuerySubspace:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def _gram(rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Q^T Q of the rows `(B, H, Q / H, N, D)` whose tokens are `kept` `(B, N)`, a slice of tokens at a time."""
+    total = rows.new_zeros(*rows.shape[:2], rows.shape[-1], rows.shape[-1], dtype=torch.float32)
+    for start in range(0, rows.shape[-2], SLICE):
+        tokens = slice(start, start + SLICE)
+        if kept[:, tokens].any():
+            total += reference.gram((rows[..., tokens, :] * kept[:, None, None, tokens, None]).flatten(2, 3))
+    return total
 
 
 def _normalised(directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

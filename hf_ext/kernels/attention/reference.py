@@ -11,6 +11,8 @@ import torch
 
 from hf_ext.kernels.quantize import Quantized, dequantize
 
+SLICE = 2048  # tokens dequantised at a time
+
 
 class Tokens(NamedTuple):
     """The keys or the values of a layer: whole tokens at the beginning, packed ones, and the newest whole.
@@ -38,11 +40,26 @@ class Tokens(NamedTuple):
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """All tokens, dequantised, `(B, H, S, D)`."""
-        parts = [self.first.to(dtype), self.recent.to(dtype)]
-        if self.packed.codes.shape[-2]:
-            parts.insert(1, dequantize(self.packed, self.bits, self.group_size, self.axis).to(dtype))
-        parts = [part for part in parts if part.shape[-2]]
-        return torch.cat(parts, -2) if len(parts) != 1 else parts[0]
+        first, packed, recent = self.lengths
+        if not packed:
+            return torch.cat([self.first, self.recent], -2).to(dtype) if first else self.recent.to(dtype)
+        out = self.recent.new_empty(
+            *self.recent.shape[:-2], first + packed + recent, self.recent.shape[-1], dtype=dtype
+        )
+        out[..., :first, :] = self.first
+        step = max(SLICE // self.group_size, 1) * self.group_size
+        for start in range(0, packed, step):
+            end = min(start + step, packed)
+            out[..., first + start : first + end, :] = self.dequantized(start, end)
+        out[..., first + packed :, :] = self.recent
+        return out
+
+    def dequantized(self, start: int, end: int) -> torch.Tensor:
+        """The packed tokens from `start` to `end`, whole groups of them for keys, in float32."""
+        codes, *numbers = self.packed
+        groups = slice(start // self.group_size, end // self.group_size) if self.axis == -2 else slice(start, end)
+        part = Quantized(codes[..., start:end, :], *(number[..., groups, :] for number in numbers))
+        return dequantize(part, self.bits, self.group_size, self.axis)
 
 
 def softmax(scores_S: torch.Tensor, sinks_Q: torch.Tensor | None) -> torch.Tensor:
@@ -54,7 +71,7 @@ def softmax(scores_S: torch.Tensor, sinks_Q: torch.Tensor | None) -> torch.Tenso
         weights = scores_S.softmax(-1)
     else:
         sinks = sinks_Q.to(scores_S.dtype).view(1, -1, 1, 1).expand(*scores_S.shape[:-1], 1)
-        weights = torch.cat([scores_S, sinks], -1).softmax(-1)[..., :-1]
+        weights = torch.cat([scores_S, sinks], -1).softmax(-1)[..., :-1].contiguous()
     return weights.nan_to_num_(0.0)
 
 

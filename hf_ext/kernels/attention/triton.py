@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from hf_ext.kernels.attention.reference import Tokens
-from hf_ext.kernels.quantize import Quantized, dequantize
 from hf_ext.kernels.quantize.triton import precision
 
 TILE = 64  # tokens between two updates of the running softmax
@@ -275,10 +274,7 @@ def _equally_packed(keys: Tokens, values: Tokens) -> tuple[int, Tokens, Tokens]:
     both = []
     for tokens in (keys, values):
         if tokens.lengths[1] > common:
-            codes, *numbers = tokens.packed
-            groups = common // keys.group_size if tokens.axis == -2 else common
-            rest = Quantized(codes[..., common:, :], *(part[..., groups:, :] for part in numbers))
-            whole = dequantize(rest, tokens.bits, tokens.group_size, tokens.axis).to(tokens.recent.dtype)
+            whole = tokens.dequantized(common, tokens.lengths[1]).to(tokens.recent.dtype)
             tokens = tokens._replace(recent=torch.cat([whole, tokens.recent], -2))
         both.append(tokens)
     return common, both[0], both[1]

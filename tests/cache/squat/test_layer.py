@@ -48,7 +48,7 @@ def test_the_window_never_falls_below_the_residual_length():
 def test_whole_tokens_are_exact_and_packed_ones_are_near():
     keys, values = tokens(70)
     layer = filled(70, bits=8)
-    for kept, given in zip(layer.materialize(), (keys, values), strict=True):
+    for kept, given in zip((layer.materialize(0), layer.materialize(1)), (keys, values), strict=True):
         assert torch.equal(kept[..., :2, :], given[..., :2, :])
         assert torch.equal(kept[..., -16:, :], given[..., -16:, :])
         error = (kept - given).abs().amax() / (given.amax() - given.amin())
@@ -86,12 +86,12 @@ def test_crop_within_the_window_leaves_no_trace(removed):
 
 def test_crop_beyond_the_window_keeps_lengths_and_rounding():
     layer = filled(70)
-    whole = layer.materialize()
+    whole = (layer.materialize(0), layer.materialize(1))
     for left in (51, 49, 20, 3, 2, 1):
         cropped = copy.deepcopy(layer)
         cropped.crop(left - 70)
         assert cropped.get_seq_length() == left
-        for ours, given in zip(cropped.materialize(), whole, strict=True):
+        for ours, given in zip((cropped.materialize(0), cropped.materialize(1)), whole, strict=True):
             torch.testing.assert_close(ours, given[..., :left, :])
         cropped.update(*tokens(30, seed=3))
         assert cropped.get_seq_length() == left + 30
@@ -163,6 +163,15 @@ def test_nothing_keeps_the_prompt_alive():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_a_short_prompt_keeps_nothing_else_alive():
+    """Some models hand over views of queries, keys and values in one."""
+    fused = torch.randn(1, 2, 20, 48)
+    layer = SQuatLayer(SQuatCacheConfig())
+    layer.update(fused[..., 16:32], fused[..., 32:])
+    layer.pack()
+    assert all(part.recent.untyped_storage().nbytes() == part.recent.nbytes for part in layer.tokens)
+
+
 def test_padding_widens_no_group():
     """A left-padded row has the same codes as the row alone where its start is a multiple of the group size."""
     keys, values = tokens(96, batch=1)
@@ -176,6 +185,7 @@ def test_padding_widens_no_group():
     real = torch.ones(2, 96, dtype=torch.bool)
     real[0, :24] = False
     asked = torch.cat([torch.randn(1, 4, 24, 16), query(72, batch=1)], -2)
+    padded.mark(real)
     padded.observe(torch.cat([asked, query(96, batch=1)]), real)
     padded.pack()
     torch.testing.assert_close(
@@ -188,6 +198,7 @@ def test_padding_widens_no_group():
     padded = SQuatLayer(SQuatCacheConfig(**{**SMALL, "sink_tokens": 0, "subspace_dim": 0, "clip_ratio": 1.0}))
     wild[..., :28, :] *= 100
     padded.update(torch.cat([wild, keys]), torch.cat([values, values]))
+    padded.mark(real)
     padded.observe(query(96), real)
     padded.pack()
     cut = keys[0, :, 28:32]
@@ -266,7 +277,7 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
             step
         ].tolist()
     layer.pack()
-    keys, values = layer.materialize()
+    keys, values = (layer.materialize(0), layer.materialize(1))
     step = layer.tokens[0].packed.scale.float().amax()
     same = ((keys - trace["k_final"]).abs() < 2e-2).float().mean()
     assert same > 0.999, same
@@ -288,6 +299,9 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
         (dict(squat_lambda=-1.0), r"squat_lambda=-1.0: give 'auto' or a number of at least 0"),
         (dict(squat_lambda="0.1"), r"squat_lambda='0.1'"),
         (dict(squat_lambda=float("nan")), r"squat_lambda=nan"),
+        (dict(bits=2.0), r"bits=2.0: choose one of"),
+        (dict(squat_lambda=None), r"squat_lambda=None"),
+        (dict(clip_ratio=None), r"clip_ratio=None"),
         (dict(clip_ratio=0.4), r"clip_ratio=0.4: give 'auto' or a number from 0.5 to 1"),
         (dict(clip_ratio="0.8"), r"clip_ratio='0.8'"),
         (dict(order="random"), r"order='random': choose 'descending' or 'index'"),
@@ -305,6 +319,7 @@ def test_settings_that_cannot_work(settings, message):
         (17, dict(bits=2), r"key_bits=2: the model's head dimension 17 is not a multiple of 4"),
         (20, dict(bits=3), r"key_bits=3: the model's head dimension 20 is not a multiple of 8"),
         (18, dict(key_bits=8, value_bits=2, block_size=2), r"value_bits=2: the model's head dimension 18"),
+        (64, dict(block_size=64), r"block_size=64: the model's head dimension is 64, so nothing would be left"),
         (20, dict(block_size=8), r"block_size=8 does not divide the model's head dimension 20"),
     ],
 )

@@ -128,3 +128,27 @@ def test_unknown_queries_mean_plain_rounding():
     keys = torch.randn(1, 2, 64, 32)
     chosen, *_ = strength(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32), keys)
     assert not chosen.any()
+
+
+@pytest.mark.parametrize("file", ["gqa_d64", "mha_d32"])
+def test_compensation_pays_on_the_recorded_keys(file):
+    """Against plain rounding, over later queries on the mean, and over the prompt's own in every configuration."""
+    tensors, configs = load_file(FOLDER / f"{file}.safetensors"), MANIFEST[file]["configs"].values()
+    keys = tensors["k"].float()
+    asked, later = (rows_of(tensors[name], keys.shape[1]) for name in ("q", "q_future"))
+    future = []
+    for config in configs:
+        if config.get("hadamard") or config.get("key_quant") == "per_token" or config["g"] >= keys.shape[-1]:
+            continue
+        basis = config["lam"] ** 0.5 * reference.directions(reference.gram(asked), config["r"])
+        form = dict(bits=config["bits"], group_size=config["G"], block_size=config["g"], scale_dtype=torch.float32)
+        deltas = [
+            dequantize(quantize_keys(keys, own, **form), config["bits"], config["G"], -2) - keys
+            for own in (basis, None)
+        ]
+        ours, plain = (reference.score_error(delta, asked).square().mean().sqrt() for delta in deltas)
+        strong = config["lam"] >= 1e-2 and config["g"] <= 16
+        assert ours <= (0.85 if strong else 0.95) * plain, config
+        ours, plain = (reference.score_error(delta, later).square().mean().sqrt() for delta in deltas)
+        future.append((ours / plain).item())
+    assert future and sum(future) / len(future) < 1
