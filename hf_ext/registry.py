@@ -133,7 +133,7 @@ SQUAT = Method(
     },
     changes="Nothing in the weights: keys and values of past tokens are stored in few bits while text is generated.",
     limits=(
-        "Two bits cost quality that a task may notice; measure it, or use four bits for keys.",
+        "Two bits cost quality that a task may notice; measure it, or use three.",
         "Layers with sliding windows, linear attention or multi-head latent attention are not packed.",
     ),
 )

@@ -35,6 +35,17 @@ SLOW = 4  # times around for what takes long
 LARGEST = 65536  # tokens of all sequences together, to fit into memory
 
 
+class Still:
+    """Keys and values that are there already, to time `sdpa` alone, without a cache that grows."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layers[layer] = self.layers[layer] or (keys, values)
+        return self.layers[layer]  # type: ignore[return-value]
+
+
 def caches(layers: int = 1) -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
     """Caches of `layers` layers by name, with the dtype of the model."""
     config = LlamaConfig(
@@ -111,7 +122,7 @@ def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[st
 
 def layer_steps(context: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """One attention layer."""
-    kinds = caches()
+    kinds = {"sdpa alone, float32": (torch.float32, Still), **caches()}
     built = {name: filled(make, dtype, batch, context) for name, (dtype, make) in kinds.items()}
     return timed(
         built,
@@ -152,23 +163,20 @@ def model_steps(model: PreTrainedModel, context: int, rounds: int) -> dict[str, 
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Milliseconds and MiB per cache over context, and the ratio to `DynamicCache` in float32."""
-    lines = []
-    for row in results:
-        base = row["caches"]["DynamicCache, float32"]
-        for name, value in row["caches"].items():
-            lines.append(
-                [
-                    row["what"],
-                    str(row["batch"]),
-                    f"{row['context']:,}",
-                    name,
-                    f"{value['ms']:.2f}",
-                    f"{value['ms'] / base['ms']:.2f}",
-                    f"{value['bytes'] / 2**20:.1f}",
-                ]
-            )
-    return markdown(["what", "batch", "context", "cache", "ms per step", "time / DynamicCache", "MiB"], lines)
+    """Milliseconds over context, a table for the layer at each batch size and one for the model; then the sizes."""
+    parts = []
+    for what, batch in dict.fromkeys((row["what"], row["batch"]) for row in results):
+        chosen = [row for row in results if (row["what"], row["batch"]) == (what, batch)]
+        parts.append(pivot(f"ms per step, {what}, batch {batch}", chosen, lambda value: f"{value['ms']:.2f}"))
+    layer = [row for row in results if (row["what"], row["batch"]) == ("layer", 1)]
+    parts.append(pivot("MiB, layer, batch 1", layer, lambda value: f"{value['bytes'] / 2**20:.1f}"))
+    return "\n\n".join(parts)
+
+
+def pivot(title: str, rows: list[dict[str, Any]], show: Callable[[dict[str, float]], str]) -> str:
+    """Caches downwards, contexts to the right."""
+    head = [title, *(f"{row['context']:,}" for row in rows)]
+    return markdown(head, [[name, *(show(row["caches"][name]) for row in rows)] for name in rows[0]["caches"]])
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -219,7 +227,7 @@ def main() -> None:
             add("Gemma 3 270M", 1, context, model_steps(model, context, options.rounds))
     note = (
         f"Layer: {HEADS} key-value heads, {RATIO} query heads each, {CHANNELS} channels, random tokens. Model: whole step, float32, whose three full-attention layers are packed. "
-        f"Medians of {options.rounds} turns ({SLOW} for QuantizedCache), {options.threads} CPU threads, kernels: {native.status()}. `python -m benchmarks.kv_cache.decode` repeats it."
+        f"Medians of {options.rounds} turns ({SLOW} for QuantizedCache), {options.threads} CPU thread(s), kernels: {native.status()}. `python -m benchmarks.kv_cache.decode` repeats it."
     )
     write(
         NAME,
