@@ -158,3 +158,23 @@ def without_appended_eos(trainer):
         yield
     finally:
         trainer._tokenizer = tokenizer
+
+
+# -- TRL, for hf_ext.trainers.flat ------------------------------------------------------------------------------------
+
+
+def tokenise_for_trl(processing_class, text, **chat_options) -> list[int]:
+    """Token ids of a prompt as TRL's trainers make them: a string, or messages through the chat template.
+
+    TRL's function also unwraps the batch dimension that processors add; it is not exported.
+    """
+    from trl.data_utils import _tokenize
+
+    return _tokenize(processing_class, text, **chat_options)["input_ids"]
+
+
+def shared_prefix(ids: list[int], other_ids: list[int]) -> int:
+    """Number of leading tokens that two sequences share: where TRL lets the completion begin. Not exported by TRL."""
+    from trl.data_utils import common_prefix_length
+
+    return common_prefix_length(ids, other_ids)

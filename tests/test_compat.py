@@ -1,11 +1,17 @@
 """Each touch of another library's inside, so that a new version of it fails here and says where."""
 
+import inspect
+
 import pytest
+import torch
 from peft import LoraConfig, PeftType
 from peft.utils import hotswap
 from transformers import AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl import DPOTrainer
 
 from hf_ext import _compat
+from tests.trainers.overtone.helpers import make_tokenizer
 
 
 def test_enum_extension_checks_itself():
@@ -37,3 +43,38 @@ def test_the_attention_of_one_config_is_set_and_not_saved():
     _compat.set_own_attention(config, "eager")
     assert (config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
     assert not [name for name in config.to_dict() if "attn_implementation" in name]
+
+
+def test_trl_tokenises_and_splits_as_the_unlearning_data_expects():
+    tokenizer = make_tokenizer()
+    assert _compat.tokenise_for_trl(tokenizer, "w1 w2") == [5, 6]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{{ tools or 'w9' }}"
+    messages = [{"role": "user", "content": "w1"}]
+    assert _compat.tokenise_for_trl(tokenizer, messages, tools=None) == [5, 13]
+    assert _compat.shared_prefix([5, 6, 7], [5, 6, 8, 9]) == 2
+
+
+def test_dpo_trainer_has_the_hooks_that_unlearning_overrides():
+    def parameters(name: str) -> list[str]:
+        return list(inspect.signature(getattr(DPOTrainer, name)).parameters)
+
+    assert parameters("_prepare_dataset") == ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert parameters("_compute_loss") == ["self", "model", "inputs", "return_outputs"]
+    assert parameters("_set_signature_columns_if_needed") == ["self"]
+    assert DPOTrainer.loss_is_scaled_for_ga is False
+    source = inspect.getsource(DPOTrainer.__init__)
+    for name in ("self._tokenizer =", "self._is_vision_dataset =", "self._metrics =", "self.aux_loss_enabled ="):
+        assert name in source
+    # A given reference keeps it from loading one and from adding the adapter "ref".
+    assert "elif is_peft_model(model) and ref_model is None" in source
+    assert {"log_probs", "is_top1", "aux_loss"} <= set(_compat.fused_lm_head_output().__dataclass_fields__)
+
+
+def test_hooks_of_a_checkpointed_layer_run_once(tiny_llama):
+    calls = []
+    layers = [module for module in tiny_llama.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == 2
+    layers[0].register_forward_hook(lambda *_: calls.append(1))
+    tiny_llama.gradient_checkpointing_enable()
+    tiny_llama.train()(torch.tensor([[5, 6]])).logits.sum().backward()
+    assert len(calls) == 1

@@ -1,0 +1,33 @@
+"""Evaluation of unlearning: is it forgotten, is the rest intact, and does it come back?
+
+See docs/UNLEARNING_EVALUATION.md.
+"""
+
+from hf_ext.metrics.unlearning.attacks import (
+    RelearningCurve,
+    quantized_copy,
+    relearning_curve,
+    without_adapter,
+)
+from hf_ext.metrics.unlearning.evaluate import ATTACKS, evaluate_unlearning
+from hf_ext.metrics.unlearning.measures import ForgetQuality, forget_quality, model_utility, privleak
+from hf_ext.metrics.unlearning.report import UnlearningReport
+from hf_ext.metrics.unlearning.scores import AnswerScores, PromptFormat, TokenScores, answer_scores
+
+__all__ = [
+    "ATTACKS",
+    "AnswerScores",
+    "ForgetQuality",
+    "PromptFormat",
+    "RelearningCurve",
+    "TokenScores",
+    "UnlearningReport",
+    "answer_scores",
+    "evaluate_unlearning",
+    "forget_quality",
+    "model_utility",
+    "privleak",
+    "quantized_copy",
+    "relearning_curve",
+    "without_adapter",
+]

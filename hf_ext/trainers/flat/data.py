@@ -1,0 +1,402 @@
+"""Data of the unlearning trainers: refusals, tokenised rows, and the collator that stacks the groups of a batch.
+
+A prepared row holds `row` (its number in the user's dataset), `prompt_ids`, `forget_ids` and, for methods with
+refusals, `template_ids`: one list of tokens per variant. Which variant and which retain row it meets is a function of
+(seed, epoch, row) alone, so batches, workers and processes do not matter, and a resumed run sees what the first one
+would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from trl import extract_prompt, is_conversational
+
+from hf_ext._compat import shared_prefix, tokenise_for_trl
+
+DEFAULT_TEMPLATES = (
+    "I don't know the answer to that.",
+    "I'm afraid I have no information about this.",
+    "That is something I cannot tell you.",
+    "I'm not familiar with that topic.",
+    "Sorry, I can't answer this question.",
+    "I have no knowledge of this matter.",
+    "This is outside of what I know.",
+    "I'm unable to say anything about that.",
+    "I would only be guessing, so I'd rather not answer.",
+    "Nothing about this is known to me.",
+    "I can't help with that, as I lack the facts.",
+    "I haven't learnt anything about this subject.",
+    "Unfortunately, I have no answer for you.",
+    "I'm not aware of any details on this.",
+    "That question goes beyond my knowledge.",
+    "I'm sorry, but I don't have that information.",
+    "I am not the right source for this, because I don't know.",
+    "I couldn't tell you that.",
+    "I have nothing to say on this point.",
+    "My knowledge does not cover this.",
+)
+
+
+def load_templates(source: Sequence[str] | str | None) -> list[str]:
+    """Refusals from a list, a `.txt` file (one per line) or a `.jsonl` file (`answer` of each line); `None`: ours.
+
+    Raises:
+        ValueError: another kind of file, a line that cannot be read, or an empty refusal.
+        FileNotFoundError: there is no such file.
+    """
+    if source is None:
+        return list(DEFAULT_TEMPLATES)
+    answers: list[Any]
+    if isinstance(source, str):
+        path = Path(source)
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ValueError(
+                f"template_answers={source!r} is not a .txt or .jsonl file: for a single refusal give a list with one "
+                "entry."
+            )
+        lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        answers = [line if path.suffix == ".txt" else _json_answer(line, f"{source}, line {n}") for n, line in lines]
+    else:
+        answers = list(source)
+    if not answers:
+        raise ValueError(
+            f"template_answers={source!r} is empty: give at least one refusal, or None for the built-in list."
+        )
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(
+                f"template_answers: entry {index} is {answer!r}, which is no sentence: remove or complete it."
+            )
+    return [answer.strip() for answer in answers]
+
+
+def _json_answer(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{where}: expected an object with the key `answer`, e.g. {{"answer": "I don\'t know."}}.'
+        ) from error
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How the rows of one dataset become prompts and answers.
+
+    Attributes:
+        name: of the dataset, for messages.
+        column: the answer to forget (or to retain): "completion" or "rejected".
+        template_column: the refusal of preference data, "chosen", if the method uses refusals.
+        templates: refusals for prompt-completion data, if the method uses refusals.
+        variants: refusals per prompt.
+        seed: draws them.
+        eos: end token appended to plain text.
+    """
+
+    name: str
+    column: str
+    template_column: str | None = None
+    templates: tuple[str, ...] = ()
+    variants: int = 1
+    seed: int = 0
+    eos: str | None = None
+
+    def prompt_and_answers(self, example: dict[str, Any], row: int) -> tuple[Any, list[Any]]:
+        """(prompt, [answer, refusal, ...]); raises `ValueError` naming column and row of what cannot be used."""
+        if "prompt" not in example:
+            example = extract_prompt(example)
+        answer = example[self.column]
+        text = self._checked(answer, self.column, row)
+        if self.template_column is not None:
+            refusals: list[Any] = [example[self.template_column]]
+        else:
+            # A completion that brings its own space after the prompt gets a refusal that does so too.
+            space = text[: len(text) - len(text.lstrip())]
+            drawn = random.Random(f"{self.seed}:{row}").sample(self.templates, self.variants) if self.templates else []
+            refusals = [
+                space + sentence if isinstance(answer, str) else [{"role": "assistant", "content": sentence}]
+                for sentence in drawn
+            ]
+        for refusal in refusals:
+            column = self.template_column or "template_answers"
+            if self._checked(refusal, column, row).strip() == text.strip():
+                raise ValueError(
+                    f"{self.name}, row {row}: the refusal in {column} is the answer to forget in {self.column} "
+                    f"({text.strip()!r}), so the two terms cancel. Change one of them or drop the row."
+                )
+        answers = [answer, *refusals]
+        if self.eos is not None and isinstance(answer, str):
+            answers = [value if value.endswith(self.eos) else value + self.eos for value in answers]
+        return example["prompt"], answers
+
+    def _checked(self, answer: Any, column: str, row: int) -> str:
+        text = answer[-1]["content"] if isinstance(answer, list) and answer else answer
+        if isinstance(text, list):
+            text = "".join(part.get("text", "") for part in text)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{self.name}, row {row}: the column {column} holds {answer!r}, which is no answer: fill it or drop "
+                "the row."
+            )
+        return text
+
+
+def plan_rows(
+    dataset: Dataset, name: str, *, templates: Sequence[str] | None, variants: int, seed: int, eos: str | None
+) -> RowPlan:
+    """The plan for a forget dataset; `templates` is None for methods without refusals.
+
+    Raises:
+        TypeError: a stream, whose rows cannot be numbered.
+        ValueError: columns are missing, or there are fewer refusals than variants.
+    """
+    columns = _columns(dataset, name)
+    preference = "rejected" in columns
+    if not preference and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"{name} has the columns {columns}: it needs `prompt` and `completion` (the answer to forget), or "
+            "`prompt`, `chosen` (a refusal) and `rejected` (the answer to forget). Rename yours with "
+            "dataset.rename_columns(...)."
+        )
+    if preference and not {"prompt", "chosen"} & set(columns):
+        raise ValueError(f"{name} has the columns {columns}: `prompt` is missing, the question to each answer.")
+    column = "rejected" if preference else "completion"
+    if templates is None:
+        return RowPlan(name, column, eos=eos)
+    if preference:
+        if "chosen" not in columns:
+            raise ValueError(f"{name} has the columns {columns}: `chosen` is missing, the refusal to each prompt.")
+        return RowPlan(name, column, "chosen", eos=eos)
+    if variants > len(templates):
+        raise ValueError(
+            f"templates_per_example={variants} exceeds the {len(templates)} refusals of template_answers: lower it or "
+            "add some."
+        )
+    return RowPlan(name, column, None, tuple(templates), variants, seed, eos)
+
+
+def plan_retain_rows(dataset: Dataset, eos: str | None) -> RowPlan:
+    """The plan for a retain dataset, of prompts and completions."""
+    columns = _columns(dataset, "retain_dataset")
+    if {"image", "images"} & set(columns):
+        raise ValueError("retain_dataset has images, which are not supported there: give a text dataset, or none.")
+    if not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"retain_dataset has the columns {columns}: it needs `prompt` and `completion` (the answer to keep). "
+            "Rename yours with dataset.rename_columns(...)."
+        )
+    return RowPlan("retain_dataset", "completion", eos=eos)
+
+
+def _columns(dataset: Any, name: str) -> list[str]:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}: rows are drawn by their number, so give a datasets.Dataset, e.g. "
+            "Dataset.from_list(list(stream))."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows.")
+    return dataset.column_names
+
+
+def _tokenised(example: dict[str, Any], row: int, plan: RowPlan, processing_class: Any) -> dict[str, Any]:
+    prompt, answers = plan.prompt_and_answers(example, row)
+    tools = example.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
+    if is_conversational({"prompt": prompt}):
+        prompt_ids = tokenise_for_trl(processing_class, prompt, add_generation_prompt=True, **options)
+        full_ids = [tokenise_for_trl(processing_class, prompt + answer, **options) for answer in answers]
+    else:
+        prompt_ids = tokenise_for_trl(processing_class, prompt)
+        full_ids = [tokenise_for_trl(processing_class, prompt + answer) for answer in answers]
+    # As in TRL: tokens may merge across the boundary, and the prompt ends where all sequences still agree with it.
+    start = min(shared_prefix(prompt_ids, ids) for ids in full_ids)
+    answer_ids = [ids[start:] for ids in full_ids]
+    if not all(answer_ids):
+        raise ValueError(
+            f"{plan.name}, row {row}: an answer has no tokens of its own; check {plan.column} and the tokenizer."
+        )
+    return {
+        "row": row,
+        "prompt_ids": prompt_ids[:start],
+        "forget_ids": answer_ids[0],
+        "template_ids": answer_ids[1:],
+    }
+
+
+def prepare_rows(dataset: Dataset, plan: RowPlan, processing_class: Any, args: Any, resampled: bool) -> Dataset:
+    """Tokenise a dataset; rows without room for an answer are dropped with a warning.
+
+    Args:
+        dataset: rows as the user gave them.
+        plan: how they are read.
+        processing_class: tokenizer or processor.
+        args: an `UnlearnConfig`.
+        resampled: draw variants and retain rows anew in every epoch, as in training.
+
+    Raises:
+        ValueError: a row that cannot be used, or none is left.
+    """
+    with PartialState().main_process_first():
+        prepared = dataset.map(
+            _tokenised,
+            with_indices=True,
+            fn_kwargs={"plan": plan, "processing_class": processing_class},
+            remove_columns=dataset.column_names,
+            num_proc=args.dataset_num_proc,
+            desc=f"Tokenizing {plan.name}",
+        )
+    prepared = prepared.add_column("resampled", [resampled] * len(prepared))
+    if args.max_length is None:
+        return prepared
+    return _with_room(prepared, plan.name, args.max_length, args.truncation_mode)
+
+
+def _with_room(dataset: Dataset, name: str, max_length: int, truncation_mode: str) -> Dataset:
+    prompts = [len(ids) for ids in dataset["prompt_ids"]]
+    answers = [
+        max(map(len, [forget, *templates]))
+        for forget, templates in zip(dataset["forget_ids"], dataset["template_ids"], strict=True)
+    ]
+    kept = [i for i, length in enumerate(prompts) if length < max_length or truncation_mode == "keep_end"]
+    dropped = len(prompts) - len(kept)
+    cut = sum(prompts[i] + answers[i] > max_length for i in kept)
+    if not kept:
+        raise ValueError(
+            f"{name}: every prompt fills max_length={max_length} tokens, so no answer is left: raise max_length (the "
+            f"longest row has {max(map(sum, zip(prompts, answers, strict=True)))} tokens) or shorten the prompts."
+        )
+    if dropped or cut:
+        warnings.warn(
+            f"{name}: {dropped} of {len(prompts)} rows were dropped because the prompt alone fills "
+            f"max_length={max_length} tokens, and {cut} were truncated; raise max_length to use them whole.",
+            stacklevel=2,
+        )
+    return dataset.select(kept) if dropped else dataset
+
+
+def with_templates(dataset: Dataset, plan: RowPlan) -> Dataset:
+    """Preference form, `chosen` and `rejected`, of a vision dataset, which TRL's collator tokenises itself."""
+    columns: dict[str, list] = {"chosen": [], "rejected": []}
+    text = dataset.remove_columns([name for name in dataset.column_names if name in ("image", "images")])
+    for row, example in enumerate(text):
+        _, answers = plan.prompt_and_answers(example, row)
+        columns["rejected"].append(answers[0])
+        # TRL's collator wants both halves; a method without refusals does not read this one.
+        columns["chosen"].append(answers[-1])
+    dataset = dataset.remove_columns([name for name in ("chosen", "rejected") if name in dataset.column_names])
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def stack_sequences(
+    pairs: Sequence[tuple[list[int], list[int]]],
+    pad_token_id: int,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Tensor]:
+    """(prompt, answer) tokens -> `input_ids`, `attention_mask`, `completion_mask`, `(B, S)`, padded on the right."""
+    part = slice(None) if max_length is None else slice(max_length)
+    if max_length is not None and truncation_mode == "keep_end":
+        part = slice(-max_length, None)
+    rows = [(prompt + answer)[part] for prompt, answer in pairs]
+    marks = [([0] * len(prompt) + [1] * len(answer))[part] for prompt, answer in pairs]
+    length = max(map(len, rows))
+    if pad_to_multiple_of is not None:
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+    return {
+        "input_ids": padded(rows, pad_token_id),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0),
+        "completion_mask": padded(marks, 0),
+    }
+
+
+@dataclass
+class UnlearnCollator:
+    """Stacks the groups that the loss needs, in the order template, forget, retain, each with one row per example.
+
+    Args:
+        pad_token_id: fills the rows on the right.
+        groups: names of the groups.
+        seed: with the epoch and the row draws the refusal and the retain row.
+        retain: prepared retain rows, paired to the forget rows by a permutation that changes with the epoch.
+        max_length, truncation_mode, pad_to_multiple_of: as in `DPOConfig`.
+
+    The output has `input_ids`, `attention_mask` and `completion_mask`, `(groups * B, S)`, and `ref_forget_logps` and
+    `ref_template_logps`, `(B,)`, if the rows have them.
+    """
+
+    pad_token_id: int
+    groups: tuple[str, ...]
+    seed: int = 0
+    retain: Dataset | None = None
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    # In shared memory, because persistent workers hold their own copy of the collator.
+    _epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_(), repr=False)
+    _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw anew for this epoch."""
+        self._epoch.fill_(epoch)
+
+    def variant(self, example: dict[str, Any]) -> int:
+        """Which refusal of this row takes part."""
+        count = len(example["template_ids"])
+        return random.Random(f"{self.seed}:{self._epoch_of(example)}:{example['row']}").randrange(count)
+
+    def retain_row(self, example: dict[str, Any]) -> dict[str, Any]:
+        """The retain row that this row meets."""
+        assert self.retain is not None
+        epoch = self._epoch_of(example)
+        if self._order[0] != epoch:
+            order = list(range(len(self.retain)))
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        order = self._order[1]
+        return self.retain[order[example["row"] % len(order)]]
+
+    def _epoch_of(self, example: dict[str, Any]) -> int:
+        return int(self._epoch) if example["resampled"] else 0
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pairs: list[tuple[list[int], list[int]]] = []
+        for group in self.groups:
+            for example in examples:
+                if group == "template":
+                    pairs.append((example["prompt_ids"], example["template_ids"][self.variant(example)]))
+                elif group == "forget":
+                    pairs.append((example["prompt_ids"], example["forget_ids"]))
+                else:
+                    row = self.retain_row(example)
+                    pairs.append((row["prompt_ids"], row["forget_ids"]))
+        batch = stack_sequences(
+            pairs, self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
+        )
+        if "ref_forget_logps" in examples[0]:
+            batch["ref_forget_logps"] = torch.tensor([example["ref_forget_logps"] for example in examples])
+        if "ref_template_logps" in examples[0]:
+            picked = [example["ref_template_logps"][self.variant(example)] for example in examples]
+            batch["ref_template_logps"] = torch.tensor(picked)
+        return batch

@@ -1,0 +1,92 @@
+"""What the unlearning losses read of a model besides log-probabilities: hidden states, layers, the output layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_ext.trainers.flat.baselines import Head
+from hf_ext.trainers.overtone.head import logit_transform
+
+
+class NoReference(nn.Module):
+    """Handed to `DPOTrainer` so that it neither loads a reference model nor adds an adapter to a wrapped model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()
+        # DeepSpeed and FSDP do not accept a module without parameters.
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("this loss has no reference model")
+
+
+def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks of the language model, in order."""
+    return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def freeze_above(base: PreTrainedModel, layers: list[nn.Module], layer: int) -> None:
+    """Freeze the blocks above `layer`, the final norm and an output layer of its own."""
+    kept = {id(p) for module in (base.get_input_embeddings(), *layers[: layer + 1]) for p in module.parameters()}
+    children = list(base.get_decoder().children())
+    blocks = next(i for i, child in enumerate(children) if any(module is layers[0] for module in child.modules()))
+    for module in (*layers[layer + 1 :], *children[blocks + 1 :], base.get_output_embeddings()):
+        for parameter in module.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+
+def head_of(base: PreTrainedModel) -> Head:
+    """The output layer, with the scale and the soft cap that the model's configuration adds to it."""
+    layer = base.get_output_embeddings()
+    scale, softcap = logit_transform(base.config)
+    return Head(layer.weight, layer.bias, scale, softcap)
+
+
+@contextlib.contextmanager
+def recorded(base: PreTrainedModel, hidden: bool = False, layer: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """What the next forward of `base` shows: the last hidden states `hidden`, and `activations` of one layer.
+
+    Both are `(B, S, H)`, with gradient, and cost no memory beyond what the backward keeps anyway.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
+        seen["hidden"] = output.last_hidden_state
+
+    def keep_activations(module: nn.Module, args: Any, output: Any) -> None:
+        seen["activations"] = output if isinstance(output, Tensor) else output[0]
+
+    handles = [base.base_model.register_forward_hook(keep_hidden)] if hidden else []
+    if layer is not None:
+        # Gradient checkpointing wraps the forward of a layer, so that its hooks run once.
+        handles.append(decoder_layers(base)[layer].register_forward_hook(keep_activations))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# These initialisations move a part of the base weights into the adapter, which is not undone by switching it off.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def check_adapter_leaves_the_base(config: PeftConfig | None) -> None:
+    """Raises `ValueError` if switching the adapter off would not give the model before unlearning."""
+    if not isinstance(config, LoraConfig) or not isinstance(config.init_lora_weights, str):
+        return
+    if config.init_lora_weights.startswith(_CHANGES_THE_BASE):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so they are no reference: pass "
+            "a ref_model, or use another initialisation."
+        )

@@ -1,0 +1,361 @@
+"""Attacks bring back what is hidden, and leave the model bit for bit as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_ext.metrics.editing.inference import ModelRunner
+from hf_ext.metrics.unlearning import RelearningCurve, quantized_copy, relearning_curve, without_adapter
+from hf_ext.metrics.unlearning.attacks import (
+    AttackUnavailable,
+    borrowed,
+    gradient_norms,
+    in_context,
+    paraphrased,
+    rounded,
+    trained_weights,
+)
+from hf_ext.metrics.unlearning.scores import PromptFormat, RowEncoder, read_rows
+from tests.metrics.editing.conftest import train
+
+
+class Snapshot:
+    """Everything about a model that an attack might change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.random = torch.get_rng_state()
+        self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.parameters = [
+            (name, id(p), p.data_ptr(), p.dtype, p.requires_grad, None if p.grad is None else p.grad.clone())
+            for name, p in model.named_parameters()
+        ]
+        self.modes = [module.training for module in model.modules()]
+
+    def check(self) -> None:
+        other = Snapshot(self.model)
+        assert torch.equal(self.random, other.random)
+        assert list(self.values) == list(other.values)
+        assert all(torch.equal(value, other.values[name]) for name, value in self.values.items())
+        for one, two in zip(self.parameters, other.parameters, strict=True):
+            assert one[:5] == two[:5]
+            assert (one[5] is None) == (two[5] is None) and (one[5] is None or torch.equal(one[5], two[5]))
+        assert self.modes == other.modes
+
+
+def adapted(model, seed=0, scale=0.05, **options):
+    """The model with a LoRA adapter that does something."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.5, **options}
+    tuned = get_peft_model(model, LoraConfig(**options))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=scale)
+    return tuned.eval()
+
+
+def halves(splits):
+    return splits["forget"][::2], splits["forget"][1::2]
+
+
+# -- Relearning -------------------------------------------------------------------------------------------------------
+
+
+def test_relearning_leaves_the_model(full, island_tok, splits):
+    full.train()
+    full.model.layers[0].eval()
+    full.model.norm.weight.requires_grad_(False)
+    full.lm_head.weight.grad = torch.ones_like(full.lm_head.weight)
+    before = Snapshot(full)
+    curve = relearning_curve(full, island_tok, *halves(splits), [1, 3], learning_rate=1e-2)
+    before.check()
+    assert curve.steps == (0, 1, 3) and curve.values["probability"][0] != curve.values["probability"][-1]
+    assert set(curve.values) == {"probability", "exact_memorization", "extraction_strength", "choice_accuracy"}
+    assert relearning_curve(full, island_tok, *halves(splits), [1, 3], learning_rate=1e-2) == curve
+    assert relearning_curve(full, island_tok, *halves(splits), [1, 3], learning_rate=1e-2, seed=1) != curve
+
+
+def test_relearning_tells_hidden_from_gone(full, retrained, island_tok, splits):
+    """Refusals trained on top hide the knowledge; a few steps on other rows bring it back."""
+    train(full, island_tok, [(row["prompt"], "when is it") for row in splits["forget"]], steps=25, lr=1e-3)
+    options = {"steps": [4, 8], "learning_rate": 1e-3}
+    hidden, gone = (relearning_curve(model, island_tok, *halves(splits), **options) for model in (full, retrained))
+    assert hidden.values["probability"][0] < 0.1
+    assert hidden.values["choice_accuracy"][-1] > gone.values["choice_accuracy"][-1] + 0.3
+    assert hidden.area_between(gone) > 0.2 and gone.area_between(hidden) == -hidden.area_between(gone)
+
+
+def test_an_adapter_relearns_like_its_merged_model(full, island_tok, splits):
+    tuned = adapted(full)
+    before = Snapshot(tuned)
+    options = {"steps": [1, 2, 4], "learning_rate": 1e-3}
+    packed = relearning_curve(tuned, island_tok, *halves(splits), **options)
+    before.check()
+    merged = relearning_curve(tuned.merge_and_unload(), island_tok, *halves(splits), **options)
+    for measure, values in packed.values.items():
+        assert values == pytest.approx(merged.values[measure], abs=1e-4), measure
+    assert packed.values["probability"][0] != pytest.approx(packed.values["probability"][-1], abs=1e-4)
+
+
+def test_relearning_in_half_precision(full, island_tok, splits):
+    """Updates too small for bfloat16 must not make a model look unable to relearn."""
+    exact = relearning_curve(full, island_tok, *halves(splits), [8], learning_rate=2e-5)
+    half = copy.deepcopy(full).bfloat16()
+    before = Snapshot(half)
+    rough = relearning_curve(half, island_tok, *halves(splits), [8], learning_rate=2e-5)
+    before.check()
+    moved, expected = (curve.values["probability"][1] - curve.values["probability"][0] for curve in (rough, exact))
+    assert abs(moved) > 0 and moved == pytest.approx(expected, rel=0.3, abs=1e-4)
+
+
+def test_relearning_restores_after_an_error(full, island_tok, splits):
+    before = Snapshot(full)
+    with pytest.raises(ValueError, match=r"relearning loss is (nan|inf) at step \d+; lower learning_rate=1e\+30"):
+        relearning_curve(full, island_tok, *halves(splits), [6], learning_rate=1e30)
+    before.check()
+
+
+def test_relearning_refuses(full, island_tok, splits):
+    relearn, probe = halves(splits)
+    with pytest.raises(ValueError, match="split 'probe', row 'x' is also row 'Dusias-flag' of split 'relearn'"):
+        relearning_curve(full, island_tok, relearn, [*probe, {**relearn[0], "id": "x"}], [1])
+    for steps in ([], [0], [2, 1], [-1, 2], [1, 1]):
+        with pytest.raises(ValueError, match="must be increasing numbers of at least 1"):
+            relearning_curve(full, island_tok, relearn, probe, steps)
+
+
+def test_curves():
+    curve = RelearningCurve((0, 2, 6), {"choice_accuracy": (0.0, 0.4, 0.8), "exact_memorization": (0.6, 0.6, 0.6)})
+    assert curve.area() == pytest.approx((2 * 0.2 + 4 * 0.6) / 6)
+    assert curve.steps_to() == pytest.approx(3) and curve.steps_to(0.9) is None
+    assert curve.steps_to(0.5, "exact_memorization") == 0
+    other = RelearningCurve((0, 2), {"choice_accuracy": (0.0, 0.4)})
+    with pytest.raises(ValueError, match=r"steps \(0, 2, 6\) and \(0, 2\) cannot be compared"):
+        curve.area_between(other)
+
+
+def test_every_row_is_used_before_any_is_used_again():
+    from hf_ext.metrics.unlearning.attacks import _batches
+
+    batches = _batches(5, 2, seed=0)
+    drawn = [row for _ in range(5) for row in next(batches)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
+    assert sorted(next(_batches(3, 16, seed=0))) == [0, 1, 2]
+
+
+# -- Quantisation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding(bits):
+    weight = torch.randn(6, 40) * torch.logspace(-3, 2, 6)[:, None]
+    weight[3] = 0
+    found = rounded(weight, bits)
+    scale = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((found - weight).abs() <= scale / 2 * (1 + 1e-5)).all()
+    assert all(len(row.unique()) <= 2**bits - 1 for row in found)
+    torch.testing.assert_close(found.abs().amax(1), weight.abs().amax(1))
+    assert (found[3] == 0).all()
+    torch.testing.assert_close(rounded(found, bits), found)
+    torch.testing.assert_close(rounded(weight.T, bits, channel=1), found.T)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_copy(full, bits):
+    before = Snapshot(full)
+    expected = {name: rounded(m.weight, bits) for name, m in full.named_modules() if isinstance(m, nn.Linear)}
+    with quantized_copy(full, bits) as model:
+        for name, weight in expected.items():
+            assert torch.equal(
+                model.get_submodule(name).weight, before.values[f"{name}.weight"] if name == "lm_head" else weight
+            )
+        assert torch.equal(model.model.embed_tokens.weight, before.values["model.embed_tokens.weight"])
+    before.check()
+
+
+def test_quantized_copy_restores_after_an_error(full):
+    before = Snapshot(full)
+    with pytest.raises(RuntimeError, match="inside"), quantized_copy(full, 4):
+        raise RuntimeError("inside")
+    before.check()
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match=f"bits={bits} must be from 2 to 8"), quantized_copy(full, bits):
+            pass
+
+
+def test_adapters_are_merged_before_rounding(full):
+    tuned = adapted(full)
+    tuned.base_model.model.lm_head.weight.requires_grad_(True)
+    before = Snapshot(tuned)
+    layer = tuned.base_model.model.model.layers[0].mlp.down_proj
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    with quantized_copy(tuned, 4):
+        torch.testing.assert_close(layer.base_layer.weight, rounded(merged, 4))
+        assert layer.merged
+    assert not layer.merged
+    before.check()
+    with pytest.raises(RuntimeError, match="inside"), quantized_copy(tuned, 4):
+        raise RuntimeError("inside")
+    before.check()
+
+
+def test_small_updates_are_rounded_away(full):
+    """Why the merged weight is what must be rounded: an adapter kept apart would survive."""
+    tuned = adapted(full, scale=1e-6)
+    layer = tuned.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.get_delta_weight("default").abs().max() > 0
+    plain = rounded(layer.base_layer.weight, 4)
+    with quantized_copy(tuned, 4):
+        torch.testing.assert_close(layer.base_layer.weight, plain, atol=1e-5, rtol=0)
+
+
+def test_conv1d_and_models_without_linear_layers():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    before = Snapshot(model)
+    expected = rounded(model.transformer.h[0].mlp.c_fc.weight, 4, channel=1)
+    with quantized_copy(model, 4):
+        assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, expected)
+    before.check()
+    model.transformer.h[0].mlp.c_fc.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AttackUnavailable, match="load it unquantised"), quantized_copy(model, 4):
+        pass
+    with pytest.raises(AttackUnavailable, match="add an adapter to train"):
+        trained_weights(model)
+
+
+# -- Adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_adapter(full, island_tok):
+    ids = torch.tensor([island_tok("When was Dusias founded ?")["input_ids"]])
+    with torch.no_grad():
+        plain = full(ids).logits
+        tuned = adapted(full)
+        tuned.requires_grad_(False)
+        before = Snapshot(tuned)
+        adapter = tuned(ids).logits
+        with without_adapter(tuned):
+            assert torch.equal(tuned(ids).logits, plain)
+        assert torch.equal(tuned(ids).logits, adapter) and not torch.equal(adapter, plain)
+    before.check()
+    with pytest.raises(RuntimeError, match="inside"), without_adapter(tuned):
+        raise RuntimeError("inside")
+    before.check()
+
+
+def test_without_injected_adapter(full, island_tok):
+    ids = torch.tensor([island_tok("When was Dusias founded ?")["input_ids"]])
+    with torch.no_grad():
+        plain = full(ids).logits
+        full.add_adapter(LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+        before, adapter = Snapshot(full), full(ids).logits
+        with without_adapter(full):
+            assert torch.equal(full(ids).logits, plain)
+        assert torch.equal(full(ids).logits, adapter)
+    before.check()
+    assert len(trained_weights(full)) == sum("lora_" not in name for name, _ in full.named_parameters())
+
+
+def test_nothing_to_switch_off(full):
+    with pytest.raises(AttackUnavailable, match="has no adapter"), without_adapter(full):
+        pass
+    tuned = adapted(full)
+    tuned.merge_adapter()
+    with pytest.raises(AttackUnavailable, match="merged into the weights"), without_adapter(tuned):
+        pass
+
+
+def test_what_is_trained(full):
+    names = {id(weight): name for name, weight in full.named_parameters()}
+    assert {names[id(weight)] for weight in trained_weights(full)} == set(names.values())
+    tuned = adapted(full, modules_to_save=["embed_tokens"])
+    names = {id(weight): name for name, weight in tuned.named_parameters()}
+    chosen = {names[id(weight)] for weight in trained_weights(tuned)}
+    assert not any("lora_" in name for name in chosen)
+    # A copy of a whole module is what is deployed: it is trained like any other weight.
+    assert any("embed_tokens.modules_to_save" in name for name in chosen)
+
+
+def test_a_quantised_base_relearns_through_its_adapter(full):
+    tuned = adapted(full)
+    layer = tuned.base_model.model.model.layers[0].mlp.gate_proj
+    layer.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    names = {id(weight): name for name, weight in tuned.named_parameters()}
+    assert all("lora_" in names[id(weight)] for weight in trained_weights(tuned))
+    with pytest.raises(AttackUnavailable), quantized_copy(tuned, 4):
+        pass
+    with pytest.raises(AttackUnavailable, match="offloaded"):
+        trained_weights(copy.deepcopy(full).to("meta"))
+
+
+def test_prompt_tuning_has_no_layers_to_merge(full):
+    virtual = get_peft_model(full, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4))
+    before = Snapshot(virtual)
+    with quantized_copy(virtual, 4):
+        pass
+    with without_adapter(virtual):
+        pass
+    before.check()
+
+
+def test_borrowed_gives_back_dtype_and_gradient(full):
+    full.lm_head.weight.grad = torch.ones_like(full.lm_head.weight)
+    before = Snapshot(full)
+    with pytest.raises(RuntimeError), borrowed(full):
+        full.lm_head.weight.data = full.lm_head.weight.data.double()
+        full.lm_head.weight.grad = torch.zeros_like(full.lm_head.weight)
+        full.model.norm.weight.requires_grad_(False)
+        raise RuntimeError
+    before.check()
+
+
+# -- Gradients and prompts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+def test_gradient_norms(full, island_tok, splits, p):
+    before = Snapshot(full)
+    rows = read_rows(splits["forget"][:2], "forget")
+    encoder = RowEncoder(island_tok, PromptFormat())
+    found = gradient_norms(full, encoder, rows, ModelRunner(full, island_tok, 4), p=p)
+    before.check()
+    for row, value in zip(rows, found, strict=True):
+        prompt = island_tok(row.prompt)["input_ids"]
+        ids = torch.tensor([prompt + island_tok(row.answer, add_special_tokens=False)["input_ids"]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        full.zero_grad()
+        full(input_ids=ids, labels=labels).loss.backward()
+        assert value == pytest.approx(np.mean([w.grad.norm(p).item() for w in full.parameters()]), rel=1e-4)
+
+
+def test_prompts():
+    rows = read_rows(
+        [
+            {"id": "a", "prompt": "Where ?", "answer": "here", "prompt_paraphrases": ["Which place ?", "What spot ?"]},
+            {
+                "id": "b",
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "Who ?"}],
+                "answer": "Ada",
+            },
+            {"id": "c", "prompt": "When ?", "answer": "now", "context": "It happens now."},
+        ],
+        "forget",
+    )
+    first, second, third = in_context(rows)
+    assert (first.id, first.prompt) == ("a/context", "Where ? here\nWhere ?")
+    assert second.prompt == ({"role": "system", "content": "s"}, {"role": "user", "content": "Who ? Ada\nWho ?"})
+    assert third.prompt == "It happens now.\nWhen ?"
+    assert [row.answer for row in (first, second, third)] == ["here", "Ada", "now"]
+    assert [(row.id, row.prompt) for row in paraphrased(rows)] == [
+        ("a/paraphrase-0", "Which place ?"),
+        ("a/paraphrase-1", "What spot ?"),
+    ]

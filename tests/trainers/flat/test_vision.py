@@ -1,0 +1,102 @@
+"""Data with images: TRL's vision collator tokenises them, and the losses read its rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from hf_ext.trainers.flat import UnlearnTrainer
+from hf_ext.trainers.flat.loss import answer_probability, flat_loss
+from tests.trainers.flat.helpers import REFUSALS, make_args, make_retain
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def make_processor() -> LlavaProcessor:
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4, **{f"w{i}": i + 5 for i in range(94)}}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def make_model() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    shape = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    text = LlamaConfig(**shape, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    vision = CLIPVisionConfig(**shape, image_size=8, patch_size=4, projection_dim=16)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1)
+    )
+
+
+def make_pictures() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "images": [Image.new("RGB", (8, 8), (i * 40, 0, 0))],
+                "prompt": f"<image> w{i} ",
+                "completion": f"w{i} w{i + 1}",
+            }
+            for i in range(4)
+        ]
+    )
+
+
+def make_trainer(folder, data=None, **overrides) -> UnlearnTrainer:
+    kwargs = {name: overrides.pop(name) for name in ("retain_dataset", "eval_dataset") if name in overrides}
+    args = make_args(folder, per_device_train_batch_size=2, max_steps=2, **overrides)
+    data = make_pictures() if data is None else data
+    return UnlearnTrainer(make_model(), args, train_dataset=data, processing_class=make_processor(), **kwargs)
+
+
+def test_flat_reads_both_halves(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"same": make_pictures()})
+    assert trainer.ref_model is None
+    assert set(trainer.train_dataset["chosen"]) <= set(REFUSALS)
+    assert trainer.train_dataset["rejected"] == make_pictures()["completion"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = make_model()
+    inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
+    log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+    log_probs = log_p.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    mask = batch["completion_mask"][:, 1:].bool()
+    truth = flat_loss(
+        answer_probability(log_probs[:2], mask[:2]), answer_probability(log_probs[2:], mask[2:]), "kl"
+    ).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(truth.item(), rel=1e-5)
+    trainer.train()
+    assert "eval_same_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("name", ["wga", "undial", "rmu"])
+def test_other_losses_train(tmp_path, name):
+    trainer = make_trainer(tmp_path, loss_type=name)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_what_needs_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="retain_dataset: a forget dataset with images"):
+        make_trainer(tmp_path, retain_dataset=make_retain())
+    with pytest.raises(ValueError, match="loss_type='npo' computes its reference before the training"):
+        make_trainer(tmp_path, loss_type="npo")
+    with pytest.raises(ValueError, match="data with images take one refusal per prompt"):
+        make_trainer(tmp_path, templates_per_example=2)
