@@ -46,6 +46,10 @@ class Still:
         return self.layers[layer]  # type: ignore[return-value]
 
 
+class StillInRows(Still):
+    """The same, for `heads_as_rows`."""
+
+
 def caches(layers: int = 1) -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
     """Caches of `layers` layers by name, with the dtype of the model."""
     config = LlamaConfig(
@@ -77,9 +81,20 @@ def caches(layers: int = 1) -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
     return found
 
 
+def heads_as_rows(
+    module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: None, scaling: float
+):
+    """`sdpa` with the query heads of a key-value head as its rows, so that no key is repeated: its best form for one new token."""
+    rows = query.unflatten(1, (HEADS, RATIO)).flatten(2, 3)
+    return torch.nn.functional.scaled_dot_product_attention(rows, keys, values, scale=scaling), None
+
+
+ATTENTION = {SQuatCache: squat_attention_forward, StillInRows: heads_as_rows}
+
+
 def step(cache: Any, dtype: torch.dtype, batch: int) -> None:
     """One token through all layers."""
-    attention = squat_attention_forward if isinstance(cache, SQuatCache) else sdpa_attention_forward
+    attention = ATTENTION.get(type(cache), sdpa_attention_forward)
     for layer in range(len(cache.layers)):
         query = torch.randn(batch, HEADS * RATIO, 1, CHANNELS, dtype=dtype)
         new = torch.randn(batch, HEADS, 1, CHANNELS, dtype=dtype)
@@ -122,7 +137,8 @@ def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[st
 
 def layer_steps(context: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """One attention layer."""
-    kinds = {"sdpa alone, float32": (torch.float32, Still), **caches()}
+    alone = {"sdpa alone, float32": Still, "sdpa alone, float32, heads as rows": StillInRows}
+    kinds = {**{name: (torch.float32, make) for name, make in alone.items()}, **caches()}
     built = {name: filled(make, dtype, batch, context) for name, (dtype, make) in kinds.items()}
     return timed(
         built,
