@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+from torch.nn import Module
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------
@@ -123,6 +124,35 @@ def has_injected_adapters(model: PreTrainedModel) -> bool:
 def set_own_attention(config: PreTrainedConfig, implementation: str | None) -> None:
     """Set the attention of one part of a model; the property of that name sets those of all sub-configs too."""
     config._attn_implementation_internal = implementation
+
+
+# What the next functions ask for belongs to some models only; configs and modules of the others lack the attribute.
+
+
+def attention_shape(config: PreTrainedConfig) -> list[int | None]:
+    """Query heads, key-value heads and head dimension; None what a config leaves to the model, as GPT-2's does."""
+    return [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
+
+
+def has_latent_attention(config: PreTrainedConfig) -> bool:
+    """Whether a model caches latents of its keys and values (DeepSeek and kin); no other sign of it is common to them."""
+    return getattr(config, "kv_lora_rank", None) is not None
+
+
+def layers_read_by_others(config: PreTrainedConfig) -> set[int]:
+    """Layers whose keys and values later layers read, or an assistant model; only Gemma 3n, Gemma 4 and kin have such."""
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    return {index for index, mode in enumerate(modes) if mode == "store"}
+
+
+def reads_other_keys(module: Module) -> bool:
+    """Whether an attention module reads the keys of another; those of Gemma 3n, Gemma 4 and kin alone say so."""
+    return getattr(module, "is_kv_shared_layer", False)
+
+
+def is_causal_module(module: Module) -> bool:
+    """Whether an attention module is causal; `sdpa` takes one that does not say so, such as Doge's, to be."""
+    return getattr(module, "is_causal", True)
 
 
 # -- TRL, for hf_ext.trainers.overtone (imported inside the functions: `import hf_ext` must not import trl) ------------

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import Cache
+
+_CODE = (type, types.ModuleType, types.FunctionType)  # these lead out of a cache and into the whole program
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -40,19 +44,15 @@ def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors that an object refers to, at any depth and by whatever kind of attribute or container."""
     if id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, dict):
-        for part in value.values():
+    elif not isinstance(value, _CODE):
+        for part in gc.get_referents(value):
             yield from _tensors(part, seen)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors(vars(value), seen)
 
 
 def _scores(query: torch.Tensor, keys: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Quantise, compensate, pack: the authors' codes, the paper's form, the laws of the operator, and the compiled library."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,19 +8,9 @@ from safetensors.torch import load_file
 
 from hf_ext.kernels import native, quantize
 from hf_ext.kernels.quantize import dequantize, quantize_keys, quantize_values, reference
-from tests.oracles import ORACLES
+from tests.kernels.recorded import FOLDER, MANIFEST, hadamard
 
-FOLDER = ORACLES / "squat"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 CASES = [(file, name) for file in ("gqa_d64", "mha_d32", "real_pair") for name in MANIFEST[file]["configs"]]
-
-
-def hadamard(size):
-    """Sylvester's matrix, orthogonal."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
 
 
 def qhat(query, heads, rank):

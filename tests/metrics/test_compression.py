@@ -1,6 +1,6 @@
 """Cost and loss of a compressed cache: the recorded figures of the authors' code, and counts of bytes."""
 
-import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +15,7 @@ from hf_ext.metrics.compression import (
     cache_bytes,
     score_error,
 )
-from tests.oracles import ORACLES
-
-FOLDER = ORACLES / "squat"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
+from tests.kernels.recorded import FOLDER, MANIFEST
 
 
 @pytest.mark.parametrize("file", ["gqa_d64", "mha_d32"])
@@ -51,6 +48,20 @@ def test_bytes_are_those_of_the_storages():
     assert cache_bytes(cache) == 2 * 160 * 4, "a view keeps all of it"
     with pytest.raises(ValueError, match="elements=0"):
         bits_per_element(cache, 0)
+
+
+def test_bytes_are_found_wherever_they_are_kept():
+    class Slots:
+        __slots__ = ("tensor",)
+
+    cache, tensor, slots = DynamicCache(), torch.zeros(10), Slots()
+    slots.tensor = torch.zeros(20)
+    cache.kept = [
+        {"a": (tensor, slots)},
+        SimpleNamespace(again=tensor, of=(Slots, score_error), cache=cache),
+        {"b": tensor[:2]},
+    ]
+    assert cache_bytes(cache) == 30 * 4
 
 
 def test_bytes_of_a_packed_layer_are_what_it_says():

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_ext._compat import set_own_attention
+from hf_ext._compat import is_causal_module, reads_other_keys, set_own_attention
 from hf_ext.cache.squat.handle import KVHandle, layer_of, uncompiled
 from hf_ext.cache.squat.layer import SQuatLayer
 from hf_ext.kernels.attention import attend
@@ -139,7 +139,7 @@ def _complete(module, mask, rows, key, packed, kwargs):
     columns = key.shape[2]
     # Gemma 4 keeps only the last queries in layers that read the keys of others, and with them a mask of None, which
     # `sdpa` would take for the first queries.
-    last = packed or getattr(module, "is_kv_shared_layer", False)
+    last = packed or reads_other_keys(module)
     if mask is None and last and 1 < rows < columns and _is_causal(module, kwargs):
         mask = _causal_mask(rows, columns, key.device, columns - rows)
     # DeepSeek-V3.2 and its kin choose keys, which they write into the mask for "sdpa" and "eager" only.
@@ -152,7 +152,7 @@ def _complete(module, mask, rows, key, packed, kwargs):
 
 def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     causal = kwargs.get("is_causal")
-    return getattr(module, "is_causal", True) if causal is None else causal
+    return is_causal_module(module) if causal is None else causal
 
 
 def _causal_mask(rows: int, columns: int, device: torch.device, past: int = 0) -> torch.Tensor:

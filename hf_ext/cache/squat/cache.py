@@ -16,7 +16,8 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from hf_ext.cache.squat import state
+from hf_ext._compat import has_latent_attention, layers_read_by_others
+from hf_ext.cache.squat import state, store
 from hf_ext.cache.squat.attention import NAME
 from hf_ext.cache.squat.config import SQuatCacheConfig
 from hf_ext.cache.squat.handle import IN_USE, uncompiled
@@ -86,10 +87,6 @@ class SQuatCache(DynamicCache):
         self._updating: dict[str, object] = {}  # what is in `update`, at most one
         self._resident: int | None = None  # the layer that offloading has not sent away yet
 
-    def __iter__(self):
-        for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
-
     @property
     def packed_layers(self) -> list[SQuatLayer]:
         return [layer for layer in self.layers if isinstance(layer, SQuatLayer)]
@@ -111,7 +108,8 @@ class SQuatCache(DynamicCache):
                 "that choice.",
                 stacklevel=3,
             )
-        if not self._warned and getattr(self.layers[layer_idx], "slow_steps", False):
+        layer = self.layers[layer_idx]
+        if not self._warned and isinstance(layer, SQuatLayer) and layer.slow_steps:
             self._warned = True
             warnings.warn(
                 "This model computes with its keys and values before the attention, or asks the attention for what "
@@ -123,17 +121,17 @@ class SQuatCache(DynamicCache):
         if self._updating.setdefault("by", own := object()) is not own:
             raise RuntimeError(IN_USE)
         try:
-            length = self.layers[layer_idx].get_seq_length()
+            length = layer.get_seq_length()
             if layer_idx == self._first:
                 self._length = length
             elif length != self._length:
                 raise RuntimeError(IN_USE)
             if self.offloading and key_states.device.type != "cpu":
                 self._exchange(layer_idx, key_states.device)
-            layer = self.layers[layer_idx]
             states = layer.update(key_states, value_states, *args, **kwargs)
-            if getattr(layer, "is_sliding", False) and key_states.shape[-2] > 1:
-                _release(layer)
+            if key_states.shape[-2] > 1 and self.is_sliding[layer_idx]:
+                # A window is a view of the prompt, which it would keep alive, and copy, with every copy of the cache.
+                layer.keys, layer.values = store.released(layer.keys), store.released(layer.values)
             return states
         finally:
             self._updating.clear()
@@ -175,24 +173,14 @@ class SQuatCache(DynamicCache):
         return cache
 
 
-def _release(layer: CacheLayerMixin) -> None:
-    """Copy a window out of the prompt that it is a view of, and would keep alive, and copy, with every copy of the cache."""
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name)
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
-            setattr(layer, name, tensor.clone())
-
-
 def _layers(config: PreTrainedConfig, settings: SQuatCacheConfig) -> list[Any]:
     """A `SQuatLayer` for every layer with full attention, and what a `DynamicCache` has for every other."""
     types, options = get_layer_types_and_kwargs(config)
-    # "store" marks a layer whose keys and values later layers read, or an assistant model.
-    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
+    shared = layers_read_by_others(config)
     layers: list[Any] = []
-    for kind, mode, layer_config, kwargs in zip(types, modes, config.per_layer_config, options, strict=True):
-        latent = getattr(layer_config, "kv_lora_rank", None) is not None
-        if kind == "full_attention" and not latent:
-            layers.append(SQuatLayer(settings, shared=mode == "store"))
+    for index, (kind, layer_config, kwargs) in enumerate(zip(types, config.per_layer_config, options, strict=True)):
+        if kind == "full_attention" and not has_latent_attention(layer_config):
+            layers.append(SQuatLayer(settings, shared=index in shared))
         else:
             layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
     return layers

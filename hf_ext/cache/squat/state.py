@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from hf_ext._compat import attention_shape
 from hf_ext.cache.squat.layer import SQuatLayer
 from hf_ext.cache.squat.subspace import QuerySubspace
 from hf_ext.kernels.quantize import Quantized
@@ -111,15 +112,11 @@ def _read(path: str | os.PathLike[str], device: str | None = None) -> tuple[dict
 def _identity(cache: SQuatCache) -> dict[str, Any]:
     """What must agree between the model that made a cache and the one that uses it; shapes per layer, since they may vary."""
     config = cache.model_config
-    shapes = [
-        [getattr(layer, name, None) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
-        for layer in config.per_layer_config
-    ]
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "layers": [type(layer).__name__ for layer in cache.layers],
-        "heads, key-value heads and head_dim per layer": shapes,
+        "heads, key-value heads and head_dim per layer": [attention_shape(layer) for layer in config.per_layer_config],
     }
 
 

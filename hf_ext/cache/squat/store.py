@@ -25,10 +25,14 @@ def append(tokens: Tokens, new: torch.Tensor) -> Tokens:
     return tokens._replace(recent=torch.cat([tokens.recent, new], -2) if tokens.recent.shape[-2] else new)
 
 
+def released(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it if it is a view of something larger."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
 def release(tokens: Tokens) -> Tokens:
     """With newest tokens that are no view of something larger, such as queries, keys and values in one."""
-    recent = tokens.recent
-    return tokens._replace(recent=recent.clone()) if recent.untyped_storage().nbytes() > recent.nbytes else tokens
+    return tokens._replace(recent=released(tokens.recent))
 
 
 def take_first(tokens: Tokens, count: int) -> Tokens:

@@ -1,7 +1,6 @@
 """One layer of the cache: what it keeps whole, what it packs, and every operation that `generate` asks of it."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 
 from hf_ext.cache.squat import SQuatCacheConfig, SQuatLayer, reference
 from hf_ext.kernels import native
-from tests.oracles import ORACLES
+from tests.kernels.recorded import FOLDER, MANIFEST
 
 SMALL = dict(bits=4, group_size=8, residual_length=16, sink_tokens=2, subspace_dim=4, block_size=4)
 
@@ -246,11 +245,7 @@ def test_the_authors_schedule_and_numbers(library, monkeypatch):
     """Forty steps after a prompt of seventy: who is packed when, and what attention would read at the end."""
     if not library:
         monkeypatch.setattr(native, "library", lambda: None)
-    folder = ORACLES / "squat"
-    trace, setting = (
-        load_file(folder / "decode_trace.safetensors"),
-        json.loads((folder / "manifest.json").read_text())["decode_trace"],
-    )
+    trace, setting = load_file(FOLDER / "decode_trace.safetensors"), MANIFEST["decode_trace"]
     config = SQuatCacheConfig(
         bits=setting["bits"],
         group_size=setting["G"],

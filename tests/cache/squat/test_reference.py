@@ -1,7 +1,5 @@
 """The subspace of the queries, and the guard that keeps compensation from doing harm."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,18 +8,9 @@ from safetensors.torch import load_file
 
 from hf_ext.cache.squat import reference
 from hf_ext.kernels.quantize import dequantize, quantize_keys
-from tests.oracles import ORACLES
+from tests.kernels.recorded import FOLDER, MANIFEST, hadamard
 
-FOLDER = ORACLES / "squat"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 CASES = [(file, name) for file in ("gqa_d64", "mha_d32") for name in MANIFEST[file]["configs"]]
-
-
-def hadamard(size):
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
 
 
 def rows_of(query, heads):
