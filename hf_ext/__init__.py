@@ -7,10 +7,9 @@ Set `HF_EXT_AUTO_REGISTER=0` to register explicitly with `hf_ext.tuners.register
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Any
 
+from hf_ext._lazy import lazy_attributes
 from hf_ext.registry import public_names
 
 __version__ = "0.1.0"
@@ -24,19 +23,7 @@ _LAZY = {
     "publish": "hf_ext.model_cards",
 }
 __all__ = ["__version__", *sorted(_LAZY)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_attributes(globals(), _LAZY)
 
 if os.environ.get("HF_EXT_AUTO_REGISTER", "1") != "0":
     from hf_ext.tuners import register

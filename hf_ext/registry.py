@@ -138,7 +138,39 @@ SQUAT = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT)
+FLAT = Method(
+    slug="flat",
+    name="FLAT",
+    kind="TRL trainer",
+    summary="makes a model prefer a refusal to the answers it is to forget, without retain data or a second model",
+    paper_title="LLM Unlearning via Loss Adjustment with Only Forget Data",
+    arxiv="2410.11143",
+    citation="""@inproceedings{wang2025llm,
+  title     = {LLM Unlearning via Loss Adjustment with Only Forget Data},
+  author    = {Wang, Yaxuan and Wei, Jiaheng and Liu, Chris Yuhao and Pang, Jinlong and Liu, Quan and Shah, Ankit Parag and Bao, Yujia and Liu, Yang and Wei, Wei},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+}""",
+    entry_points={
+        "FlatTrainer": "hf_ext.trainers.flat",
+        "FlatConfig": "hf_ext.trainers.flat",
+        "UnlearnTrainer": "hf_ext.trainers.flat",
+        "UnlearnConfig": "hf_ext.trainers.flat",
+        "evaluate_unlearning": "hf_ext.metrics.unlearning",
+    },
+    changes=(
+        "The weights were trained to make a refusal more probable and the answers to forget less probable, each with a "
+        "bounded weight."
+    ),
+    limits=(
+        "An adapter can be switched off, and the memory is back: publish the merged weights.",
+        "Fine-tuning on related data, or rounding to fewer bits, can bring forgotten knowledge back: measure both.",
+        "Without retain data a refusal spreads to neighbouring questions.",
+        "Forgetting is not a proof of deletion: it is as good as the measurements, and traces they miss may remain.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT)
 
 
 def method(slug: str) -> Method:

@@ -21,10 +21,11 @@ PACKAGE = ROOT / "hf_ext"
 ARROWS = {
     "registry": set(),
     "_compat": set(),
+    "_lazy": set(),
     "kernels": set(),
     "tuners": {"kernels", "_compat"},
     "cache": {"kernels", "_compat"},
-    "trainers": {"tuners", "metrics", "_compat", "registry"},
+    "trainers": {"tuners", "metrics", "_compat", "_lazy", "registry"},
     "pipelines": {"tuners", "cache", "metrics", "_compat", "registry"},
     "metrics": {"_compat"},
     "model_cards": {"tuners", "trainers", "metrics", "_compat", "registry"},
@@ -41,7 +42,7 @@ ARROWS = {
         "_compat",
         "registry",
     },
-    "__init__": {"registry", "tuners"},
+    "__init__": {"_lazy", "registry", "tuners"},
 }
 
 

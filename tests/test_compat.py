@@ -6,12 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType
 from peft.utils import hotswap
-from transformers import AutoConfig
+from transformers import AutoConfig, DeepseekV3Config, DogeConfig, DogeForCausalLM, GPT2Config, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOTrainer
 
 from hf_ext import _compat
-from tests.trainers.overtone.helpers import make_tokenizer
+from tests.cache.squat import models as squat_models
+from tests.trainers.helpers import make_tokenizer
 
 
 def test_enum_extension_checks_itself():
@@ -43,6 +45,40 @@ def test_the_attention_of_one_config_is_set_and_not_saved():
     _compat.set_own_attention(config, "eager")
     assert (config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
     assert not [name for name in config.to_dict() if "attn_implementation" in name]
+
+
+def test_shapes_that_configs_state_and_leave_out():
+    assert _compat.attention_shape(LlamaConfig(num_key_value_heads=8)) == [32, 8, 128]
+    assert _compat.attention_shape(GPT2Config()) == [12, None, None]
+
+
+def test_latent_attention_is_known_by_its_rank():
+    assert _compat.has_latent_attention(DeepseekV3Config()) and not _compat.has_latent_attention(LlamaConfig())
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_layers_that_share_their_keys_say_so(name):
+    """Five layers, the last two of which read the others' keys."""
+    model = squat_models.build(name)
+    assert _compat.layers_read_by_others(model.config) == {1, 2}
+    attention = [layer.self_attn for layer in model.model.layers]
+    assert [_compat.reads_other_keys(module) for module in attention] == [False, False, False, True, True]
+    assert not _compat.layers_read_by_others(LlamaConfig())
+    assert not _compat.reads_other_keys(squat_models.build("llama").model.layers[0].self_attn)
+
+
+def test_sdpa_takes_an_attention_for_causal_unless_it_denies_it():
+    query = torch.randn(1, 2, 5, 8)
+    with torch.device("meta"):
+        doge = DogeForCausalLM(DogeConfig(num_hidden_layers=1, hidden_size=32)).model.layers[0].self_attn
+    encoder = torch.nn.Identity()
+    encoder.is_causal = False
+    assert "is_causal" not in vars(doge)
+    for module, causal in ((doge, True), (encoder, False)):
+        assert _compat.is_causal_module(module) is causal
+        ours, _ = sdpa_attention_forward(module, query, query, query, None, is_causal=None)
+        right = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=causal)
+        torch.testing.assert_close(ours, right.transpose(1, 2))
 
 
 def test_trl_tokenises_and_splits_as_the_unlearning_data_expects():

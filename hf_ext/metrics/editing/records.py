@@ -83,14 +83,14 @@ class EditRecord:
         if unknown:
             raise ValueError(f"{where}: unknown fields {unknown}; known: {sorted(cls.__dataclass_fields__)}")
         return cls(
-            prompt=_text(row.get("prompt"), where, "prompt"),
-            target_new=_text(row.get("target_new"), where, "target_new"),
+            prompt=checked_text(row.get("prompt"), where, "prompt"),
+            target_new=checked_text(row.get("target_new"), where, "target_new"),
             id="0" if record_id is None else str(record_id),
             source=_label(row.get("source"), where, "source") or "",
             subject=_label(row.get("subject"), where, "subject") or "",
             relation=_label(row.get("relation"), where, "relation"),
             ground_truth=_optional_text(row.get("ground_truth"), where, "ground_truth"),
-            rephrase=_texts(row.get("rephrase"), where, "rephrase"),
+            rephrase=checked_texts(row.get("rephrase"), where, "rephrase"),
             portability=_sections(row.get("portability"), where, "portability"),
             locality=_sections(row.get("locality"), where, "locality"),
         )
@@ -180,17 +180,17 @@ def _json_list(content: str, name: str) -> list[Any]:
     return rows
 
 
-def _text(value: Any, where: str, name: str) -> str:
+def checked_text(value: Any, where: str, name: str) -> str:
     """`value` without surrounding white space; raises ValueError unless it is a string with something in it."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name}={value!r} must be a string")
     if not value.strip():
-        raise ValueError(f"{where}: {name}={value!r} is empty; write the text or drop the record")
+        raise ValueError(f"{where}: {name}={value!r} is empty; write it, or drop the row")
     return value.strip()
 
 
 def _optional_text(value: Any, where: str, name: str) -> str | None:
-    return None if value is None else _text(value, where, name)
+    return None if value is None else checked_text(value, where, name)
 
 
 def _label(value: Any, where: str, name: str) -> str | None:
@@ -199,12 +199,13 @@ def _label(value: Any, where: str, name: str) -> str | None:
     return value
 
 
-def _texts(value: Any, where: str, name: str) -> tuple[str, ...]:
+def checked_texts(value: Any, where: str, name: str) -> tuple[str, ...]:
+    """`checked_text` of every entry of a list; none for None."""
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}: {name}={value!r} must be a list of strings")
-    return tuple(_text(item, where, f"{name}[{index}]") for index, item in enumerate(value))
+    return tuple(checked_text(item, where, f"{name}[{index}]") for index, item in enumerate(value))
 
 
 def _sections(value: Any, where: str, name: str) -> dict[str, tuple[Question, ...]]:
@@ -237,7 +238,7 @@ def _question(item: Any, where: str, name: str) -> Question:
     if any(nested) and not all(nested):
         raise ValueError(f"{where}: {name}.ground_truth={answers!r} mixes answers and lists of aliases; use one form")
     groups = answers if all(nested) else [answers]
-    checked = tuple(_texts(group, where, f"{name}.ground_truth") for group in groups)
+    checked = tuple(checked_texts(group, where, f"{name}.ground_truth") for group in groups)
     if not all(checked):
         raise ValueError(f"{where}: {name}.ground_truth={answers!r} has an empty list of aliases; remove it")
-    return Question(_text(item["prompt"], where, f"{name}.prompt"), checked)
+    return Question(checked_text(item["prompt"], where, f"{name}.prompt"), checked)

@@ -6,25 +6,13 @@ imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from hf_ext._lazy import lazy_attributes
 
 _LAZY = {
-    "FlatConfig": "config",
-    "FlatTrainer": "trainer",
-    "UnlearnConfig": "config",
-    "UnlearnTrainer": "trainer",
+    "FlatConfig": ".config",
+    "FlatTrainer": ".trainer",
+    "UnlearnConfig": ".config",
+    "UnlearnTrainer": ".trainer",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_attributes(globals(), _LAZY)

@@ -23,7 +23,7 @@ Exact gradient accumulation needs that of the whole step, or one number per row 
 losses on hidden states) that does not depend on the rest of the batch: `B * answer_lengths(mask)` makes it the mean
 over examples of the mean over tokens.
 
-Shapes: B examples, S tokens with the prompt, N wanted positions, T of them in a chunk, H hidden size, V vocabulary.
+Shapes: B examples, S tokens with the prompt, N wanted positions, H hidden size, V vocabulary.
 `log_probs` and `mask` are `(B, S-1)` as in `loss.py`. Everything is computed in float32, or float64 for float64
 inputs.
 """
@@ -31,17 +31,14 @@ inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from hf_ext.trainers.flat.distributions import Head, Target, check_labels, soft_target_loss
 from hf_ext.trainers.flat.divergences import full_precision
 from hf_ext.trainers.flat.loss import answer_lengths
-from hf_ext.trainers.overtone.chunked import _WEIGHT_SLICE, _accumulate, _times_weight, _weight_slices
 
 # (gamma, alpha): weights of the forget and of the retain term.
 DEFAULT_COEFFICIENTS: dict[str, tuple[float, float]] = {
@@ -56,9 +53,6 @@ DEFAULT_COEFFICIENTS: dict[str, tuple[float, float]] = {
     "ceu": (1.0, 0.0),
     "rmu": (1.0, 1.0),
 }
-
-# Elements of the `(T, V)` tensors of one chunk, of which about six are alive: 16 MiB each in float32.
-_CHUNK_ELEMENTS = 2**22
 
 
 def _masked(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -163,166 +157,6 @@ def wga(log_probs: Tensor, mask: Tensor, *, beta: float = 1.0, num_items: Tensor
     return satimp(log_probs, mask, beta1=beta, beta2=0.0, num_items=num_items)
 
 
-class Head(NamedTuple):
-    """The output layer: `z = logit_scale * (hidden @ weight_VH.T + bias_V)`, then `softcap * tanh(z / softcap)`."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden_TH: Tensor, dtype: torch.dtype) -> Tensor:
-        """Logits `(T, V)`, multiplied in `dtype` and returned in full precision."""
-        rows_TV = torch.empty(len(hidden_TH), len(self.weight_VH), dtype=dtype, device=hidden_TH.device)
-        for columns, weight in _weight_slices(self.weight_VH, dtype):
-            torch.mm(hidden_TH.to(dtype), weight.t(), out=rows_TV[:, columns])
-        if self.bias_V is not None:
-            rows_TV += self.bias_V.to(dtype)
-        z_TV = full_precision(rows_TV)
-        if self.logit_scale != 1.0:
-            z_TV *= self.logit_scale
-        if self.softcap is not None:
-            z_TV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_TV
-
-
-class _Target(NamedTuple):
-    """The distribution that the model is drawn to.
-
-    `adjust_` turns the logits `(T, V)` of a chunk of positions into those of the target, in place; they are the
-    reference's, or the model's own if there is none. `relative` takes the target's entropy off the cross-entropy: the
-    loss is then KL(target || model).
-    """
-
-    adjust_: Callable[[Tensor, slice], Any]
-    reference: tuple[Tensor, Head] | None = None
-    relative: bool = False
-
-
-def _score(
-    logits_TV: Tensor, target_logits_TV: Tensor, relative: bool, head: Head, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss `(T,)` and, on request, its gradient `(T, V)` with respect to `hidden @ weight.T + bias`."""
-    log_p_TV = logits_TV.log_softmax(-1)
-    log_target_TV = target_logits_TV.log_softmax(-1)
-    target_TV = log_target_TV.exp()
-    if relative:
-        loss_T = log_target_TV.sub_(log_p_TV).mul_(target_TV).sum(-1)
-    else:
-        loss_T = -torch.mul(log_p_TV, target_TV, out=log_target_TV).sum(-1)
-    if not gradient:
-        return loss_T, loss_T.new_empty(0)
-    grad_TV = log_p_TV.exp_().sub_(target_TV)
-    if head.softcap is not None:
-        grad_TV.mul_(1 - (logits_TV / head.softcap).square_())
-    if head.logit_scale != 1.0:
-        grad_TV.mul_(head.logit_scale)
-    return loss_T, grad_TV
-
-
-def _slices(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
-
-
-def _scored_chunks(
-    hidden_NH: Tensor, head: Head, target: _Target, dtype: torch.dtype, step: int, gradient: bool
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(positions, loss, gradient or nothing) of `_score`, `step` tokens at a time."""
-    for chunk in _slices(len(hidden_NH), step):
-        logits_TV = head.logits(hidden_NH[chunk], dtype)
-        if target.reference is None:
-            target_logits_TV = logits_TV.clone()
-        else:
-            ref_hidden_NH, ref_head = target.reference
-            target_logits_TV = ref_head.logits(ref_hidden_NH[chunk], dtype)
-        target.adjust_(target_logits_TV, chunk)
-        yield chunk, *_score(logits_TV, target_logits_TV, target.relative, head, gradient)
-
-
-class _SoftTargetLoss(torch.autograd.Function):
-    """(hidden [N, H], weight [V, H], bias [V] or None, the head they are of, target, tokens of a chunk) -> loss [N].
-
-    The target is a constant, so d loss / d logits = p - target is known as soon as a chunk's logits are. If the head
-    is frozen, the forward multiplies it with the weight and keeps [N, H]; if the head is trained, its gradient needs
-    the upstream factors, and the backward projects once more.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        head: Head,
-        target: _Target,
-        step: int,
-    ) -> Tensor:
-        device = hidden_NH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
-        head_is_trained = any(ctx.needs_input_grad[1:3])
-        ahead = ctx.needs_input_grad[0] and not head_is_trained
-        grad_NH = torch.empty_like(hidden_NH) if ahead else None
-        loss_N = hidden_NH.new_empty(len(hidden_NH), dtype=torch.promote_types(dtype, torch.float32))
-        for chunk, loss_T, grad_TV in _scored_chunks(hidden_NH, head, target, dtype, step, ahead):
-            loss_N[chunk] = loss_T
-            if grad_NH is not None:
-                grad_NH[chunk] = _times_weight(grad_TV.to(dtype), weight_VH)
-        ctx.head, ctx.target, ctx.dtype, ctx.step = head, target, dtype, step
-        ctx.save_for_backward(hidden_NH if head_is_trained else grad_NH)
-        return loss_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if not (need_weight or need_bias):
-            (grad_NH,) = ctx.saved_tensors
-            return (grad_NH * upstream_N[:, None]).to(grad_NH.dtype), *(None,) * 5
-        (hidden_NH,) = ctx.saved_tensors
-        weight_VH, bias_V = ctx.head.weight_VH, ctx.head.bias_V
-        total_dtype = upstream_N.dtype
-        grad_NH = torch.empty_like(hidden_NH) if need_hidden else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=total_dtype) if need_weight else None
-        grad_V = torch.zeros_like(bias_V, dtype=total_dtype) if need_bias else None
-        for chunk, _, grad_TV in _scored_chunks(hidden_NH, ctx.head, ctx.target, ctx.dtype, ctx.step, True):
-            rows_TV = grad_TV.mul_(upstream_N[chunk, None]).to(ctx.dtype)
-            if grad_NH is not None:
-                grad_NH[chunk] = _times_weight(rows_TV, weight_VH)
-            if grad_VH is not None:
-                chunk_TH = hidden_NH[chunk].to(ctx.dtype)
-                # In slices, because float32 copies of low-precision operands are made on some devices.
-                for columns in _slices(len(weight_VH), _WEIGHT_SLICE):
-                    _accumulate(grad_VH[columns], rows_TV[:, columns].t(), chunk_TH)
-            if grad_V is not None:
-                grad_V += rows_TV.sum(0, dtype=total_dtype)
-        return (
-            grad_NH,
-            None if grad_VH is None else grad_VH.to(weight_VH.dtype),
-            None if grad_V is None else grad_V.to(bias_V.dtype),
-            *(None,) * 3,
-        )
-
-
-def _check_labels(labels_N: Tensor, head: Head) -> None:
-    vocab = len(head.weight_VH)
-    wrong = (labels_N < 0) | (labels_N >= vocab)
-    if bool(wrong.any()):
-        raise IndexError(
-            f"label {int(labels_N[wrong][0])} is outside the vocabulary of {vocab} tokens: pass answer positions "
-            "alone, and check that the tokenizer belongs to the model."
-        )
-
-
-@torch.compiler.disable
-def _soft_target_mean(
-    hidden_NH: Tensor, head: Head, target: _Target, num_items: Tensor | int | None, chunk_tokens: int | None
-) -> Tensor:
-    step = chunk_tokens or max(1, _CHUNK_ELEMENTS // len(head.weight_VH))
-    loss_N = _SoftTargetLoss.apply(hidden_NH, head.weight_VH, head.bias_V, head, target, step)
-    return _mean(loss_N, len(hidden_NH), num_items)
-
-
 def undial(
     hidden_NH: Tensor,
     head: Head,
@@ -352,12 +186,12 @@ def undial(
     Raises:
         IndexError: a label is outside the vocabulary, -100 included.
     """
-    _check_labels(labels_N, head)
-    target = _Target(
+    check_labels(labels_N, head)
+    target = Target(
         lambda logits_TV, chunk: logits_TV.scatter_(1, labels_N[chunk, None], -beta, reduce="add"),
         (ref_hidden_NH, ref_head),
     )
-    return _soft_target_mean(hidden_NH, head, target, num_items, chunk_tokens)
+    return _mean(soft_target_loss(hidden_NH, head, target, chunk_tokens), len(hidden_NH), num_items)
 
 
 def ceu(
@@ -372,9 +206,9 @@ def ceu(
 
     Arguments and errors as for `undial`. The method leaves out the first token of every answer: see `without_first`.
     """
-    _check_labels(labels_N, head)
-    target = _Target(lambda logits_TV, chunk: logits_TV.scatter_(1, labels_N[chunk, None], -math.inf))
-    return _soft_target_mean(hidden_NH, head, target, num_items, chunk_tokens)
+    check_labels(labels_N, head)
+    target = Target(lambda logits_TV, chunk: logits_TV.scatter_(1, labels_N[chunk, None], -math.inf))
+    return _mean(soft_target_loss(hidden_NH, head, target, chunk_tokens), len(hidden_NH), num_items)
 
 
 def without_first(mask: Tensor, count: int = 1) -> Tensor:
@@ -396,8 +230,8 @@ def retain_kl(
     Arguments as for `undial`. Which positions count is the caller's choice; the code in circulation takes all, padding
     included.
     """
-    target = _Target(lambda logits_TV, chunk: None, (ref_hidden_NH, ref_head), relative=True)
-    return _soft_target_mean(hidden_NH, head, target, num_items, chunk_tokens)
+    target = Target(lambda logits_TV, chunk: None, (ref_hidden_NH, ref_head), relative=True)
+    return _mean(soft_target_loss(hidden_NH, head, target, chunk_tokens), len(hidden_NH), num_items)
 
 
 def control_vector(hidden_size: int, coefficient: float = 2.0, generator: torch.Generator | None = None) -> Tensor:

@@ -289,21 +289,6 @@ def _with_room(dataset: Dataset, name: str, max_length: int, truncation_mode: st
     return dataset.select(kept) if dropped else dataset
 
 
-def with_templates(dataset: Dataset, plan: RowPlan) -> Dataset:
-    """Preference form, `chosen` and `rejected`, of a vision dataset, which TRL's collator tokenises itself."""
-    columns: dict[str, list] = {"chosen": [], "rejected": []}
-    text = dataset.remove_columns([name for name in dataset.column_names if name in ("image", "images")])
-    for row, example in enumerate(text):
-        _, answers = plan.prompt_and_answers(example, row)
-        columns["rejected"].append(answers[0])
-        # TRL's collator wants both halves; a method without refusals does not read this one.
-        columns["chosen"].append(answers[-1])
-    dataset = dataset.remove_columns([name for name in ("chosen", "rejected") if name in dataset.column_names])
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, values)
-    return dataset
-
-
 def stack_sequences(
     pairs: Sequence[tuple[list[int], list[int]]],
     pad_token_id: int,

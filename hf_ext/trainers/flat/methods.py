@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_ext.registry import FLAT
 from hf_ext.trainers.flat import baselines
 from hf_ext.trainers.flat.loss import answer_lengths, answer_probability, flat_loss, padded_probability
 
@@ -62,10 +63,20 @@ class Batch(NamedTuple):
     control: Any = None
 
 
+class Paper(NamedTuple):
+    """Where a method was published: arXiv id, title and, if there is one, the BibTeX entry."""
+
+    id: str
+    title: str
+    citation: str | None = None
+
+
 class Method(NamedTuple):
     """One unlearning method.
 
     Attributes:
+        name: as its authors write it.
+        paper: what a model card refers to.
         forget: (batch, keyword arguments) -> forget term, a scalar.
         kwargs: the keyword arguments that `loss_kwargs` may set, with their defaults.
         template: a refusal per prompt takes part.
@@ -76,6 +87,8 @@ class Method(NamedTuple):
         positive: the keyword arguments that must be above 0; the others must be at least 0.
     """
 
+    name: str
+    paper: Paper
     forget: Callable[..., Tensor]
     kwargs: Mapping[str, float] = MappingProxyType({})
     template: bool = False
@@ -196,18 +209,33 @@ def retain_term(batch: Batch, kind: str) -> Tensor:
     )
 
 
+_FLAT = Paper(FLAT.arxiv, FLAT.paper_title, FLAT.citation)
+_TOFU = Paper("2401.06121", "TOFU: A Task of Fictitious Unlearning for LLMs")
+_NPO = Paper("2404.05868", "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning")
+_SIMNPO = Paper("2410.07163", "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning")
+_WGA = Paper("2502.19301", "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond")
+_SATIMP = Paper("2505.11953", "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning")
+_UNDIAL = Paper(
+    "2402.10052",
+    "UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models",
+)
+_CEU = Paper("2503.01224", "CE-U: Cross Entropy Unlearning")
+_RMU = Paper("2403.03218", "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning")
+
 METHODS: dict[str, Method] = {
-    "flat": Method(_flat, template=True),
-    "gradient_ascent": Method(_gradient_ascent),
-    "gradient_difference": Method(_gradient_ascent),
-    "npo": Method(_npo, {"beta": 0.1}, reference="sums", positive=("beta",)),
-    "simnpo": Method(_simnpo, {"beta": 4.5, "delta": 0.0}, positive=("beta",)),
-    "idk_dpo": Method(_idk_dpo, {"beta": 0.1}, template=True, reference="sums", positive=("beta",)),
-    "wga": Method(_wga, {"beta": 1.0}),
-    "satimp": Method(_satimp, {"beta1": 5.0, "beta2": 1.0}),
-    "undial": Method(_undial, {"beta": 10.0}, hidden=True, reference="hidden"),
-    "ceu": Method(_ceu, {"ignore_first": 1}, hidden=True),
-    "rmu": Method(_rmu, {"layer": 7, "coefficient": 2.0}, activations=True, positive=("coefficient",)),
+    "flat": Method("FLAT", _FLAT, _flat, template=True),
+    "gradient_ascent": Method("gradient ascent", _TOFU, _gradient_ascent),
+    "gradient_difference": Method("gradient difference", _TOFU, _gradient_ascent),
+    "npo": Method("NPO", _NPO, _npo, {"beta": 0.1}, reference="sums", positive=("beta",)),
+    "simnpo": Method("SimNPO", _SIMNPO, _simnpo, {"beta": 4.5, "delta": 0.0}, positive=("beta",)),
+    "idk_dpo": Method(
+        "DPO with refusals", _TOFU, _idk_dpo, {"beta": 0.1}, template=True, reference="sums", positive=("beta",)
+    ),
+    "wga": Method("WGA", _WGA, _wga, {"beta": 1.0}),
+    "satimp": Method("SatImp", _SATIMP, _satimp, {"beta1": 5.0, "beta2": 1.0}),
+    "undial": Method("UNDIAL", _UNDIAL, _undial, {"beta": 10.0}, hidden=True, reference="hidden"),
+    "ceu": Method("CE-U", _CEU, _ceu, {"ignore_first": 1}, hidden=True),
+    "rmu": Method("RMU", _RMU, _rmu, {"layer": 7, "coefficient": 2.0}, activations=True, positive=("coefficient",)),
 }
 
 # (forget_coef, retain_coef) of a run with a retain dataset. FLAT's paper has no retain term; its 1.0 is ours.

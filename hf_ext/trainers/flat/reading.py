@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_ext.trainers.flat.baselines import Head
-from hf_ext.trainers.overtone.head import logit_transform
+from hf_ext.trainers.flat.distributions import Head
+from hf_ext.trainers.output_layer import logit_transform
 
 
 class NoReference(nn.Module):
@@ -34,15 +34,34 @@ def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
     return [module for module in base.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def freeze_above(base: PreTrainedModel, layers: list[nn.Module], layer: int) -> None:
-    """Freeze the blocks above `layer`, the final norm and an output layer of its own."""
+def freeze_above(model: nn.Module, base: PreTrainedModel, layer: int) -> list[nn.Parameter]:
+    """Freeze what no gradient from the output of `layer` reaches: later blocks, the final norm, an output layer of its own.
+
+    Returns:
+        The parameters that were trainable.
+
+    Raises:
+        ValueError: there is no such layer, or nothing else of the model is trainable.
+    """
+    layers = decoder_layers(base)
+    if layer >= len(layers):
+        raise ValueError(
+            f"loss_kwargs['layer']={layer}: the model has the layers 0 to {len(layers) - 1}; a layer in the first half "
+            "is usual."
+        )
     kept = {id(p) for module in (base.get_input_embeddings(), *layers[: layer + 1]) for p in module.parameters()}
     children = list(base.get_decoder().children())
     blocks = next(i for i, child in enumerate(children) if any(module is layers[0] for module in child.modules()))
-    for module in (*layers[layer + 1 :], *children[blocks + 1 :], base.get_output_embeddings()):
-        for parameter in module.parameters():
-            if id(parameter) not in kept:
-                parameter.requires_grad_(False)
+    above = (*layers[layer + 1 :], *children[blocks + 1 :], base.get_output_embeddings())
+    frozen = {id(p): p for module in above for p in module.parameters() if p.requires_grad and id(p) not in kept}
+    if not any(p.requires_grad and id(p) not in frozen for p in model.parameters()):
+        raise ValueError(
+            f"loss_kwargs['layer']={layer}: nothing at or below this layer is trainable; let the adapter target it, or "
+            "choose a higher layer."
+        )
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return list(frozen.values())
 
 
 def head_of(base: PreTrainedModel) -> Head:

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from hf_ext.trainers.flat.baselines import Head
 from hf_ext.trainers.flat.config import UnlearnConfig
 from hf_ext.trainers.flat.data import stack_sequences
+from hf_ext.trainers.flat.distributions import Head
 from hf_ext.trainers.flat.methods import Method
 from hf_ext.trainers.flat.reading import NoReference, head_of, recorded
-from hf_ext.trainers.overtone.head import base_of
+from hf_ext.trainers.output_layer import base_of, drop_copied_patches
 
 
 class ReferenceTrainer(DPOTrainer):
@@ -57,8 +57,9 @@ class ReferenceTrainer(DPOTrainer):
             return NoReference()
         if self._adapter_is_fresh or isinstance(model, str):
             return None
-        # Before TRL patches the forward: a later copy would run the original's weights.
-        return copy.deepcopy(model)
+        reference = copy.deepcopy(model)
+        drop_copied_patches(reference)
+        return reference
 
     def _refuse_sharding(self) -> None:
         reads_more = self.method.hidden or self.method.reference or self.method.activations or self._reads_reference

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_ext.trainers.flat.baselines import control_vector
@@ -20,19 +21,13 @@ from hf_ext.trainers.flat.data import (
     plan_retain_rows,
     plan_rows,
     prepare_rows,
-    with_templates,
 )
 from hf_ext.trainers.flat.divergences import flat_weights
 from hf_ext.trainers.flat.methods import Batch, Rows, first_probability, mean_probability, retain_term, top1_share
-from hf_ext.trainers.flat.reading import (
-    NoReference,
-    check_adapter_leaves_the_base,
-    decoder_layers,
-    freeze_above,
-    head_of,
-)
+from hf_ext.trainers.flat.reading import NoReference, check_adapter_leaves_the_base, freeze_above, head_of
 from hf_ext.trainers.flat.references import ReferenceTrainer
-from hf_ext.trainers.overtone.head import base_of
+from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_templates
+from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward
 
 
 class _FollowEpoch(TrainerCallback):
@@ -118,6 +113,9 @@ class UnlearnTrainer(ReferenceTrainer):
                 "has the same fields."
             )
         self.method = args.method
+        # The model card cites the paper of the loss.
+        self._name, self._paper = self.method.name, self.method.paper._asdict()
+        self._tag_names = list(dict.fromkeys([*self._tag_names, args.loss_type]))
         self._forget_weight, self._retain_weight = args.weights(retain_dataset is not None)
         self._retain_kind = "activations" if self.method.activations else args.retain_loss
         args.check_retain(retain_dataset is not None)
@@ -136,12 +134,15 @@ class UnlearnTrainer(ReferenceTrainer):
         self._train_rows = train_dataset
         vision = isinstance(train_dataset, Dataset) and bool({"image", "images"} & set(train_dataset.column_names))
         if vision:
-            train_dataset, eval_dataset = self._vision_data(args, train_dataset, eval_dataset, retain_dataset)
-        self._groups: tuple[str, ...] = ("template", "forget") if self.method.template or vision else ("forget",)
+            check_options(args, retain_dataset is not None)
+            train_dataset, eval_dataset = self._vision_data(args, train_dataset, eval_dataset)
+        self._groups: tuple[str, ...] = ("template", "forget") if self.method.template else ("forget",)
         if self._retain_weight:
             self._groups += ("retain",)
 
         self._references_are_due = False
+        before = restore_forward(model)
+        ref_before = None if ref_model is None else restore_forward(ref_model)
         super().__init__(
             model=model,
             ref_model=self._reference_for(model, ref_model),
@@ -155,6 +156,9 @@ class UnlearnTrainer(ReferenceTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        remember_forward(self.model, before)
+        if ref_model is not None:
+            remember_forward(ref_model, ref_before)
         if isinstance(self.ref_model, NoReference):
             self.ref_model = None
         if self.ref_model is not None:
@@ -163,27 +167,17 @@ class UnlearnTrainer(ReferenceTrainer):
         self._refuse_sharding()
         if data_collator is None and not vision:
             self._install_collator(retain_dataset)
-        self._control: Tensor | None = None
+        elif data_collator is None and not self.method.template:
+            self.data_collator = ForgetHalf(self.data_collator)
         self._layer = None
+        self._control: Tensor | None = None
+        self._frozen: list[Parameter] = []
         if self.method.activations:
-            self._steer(args)
+            self._steer(**args.forget_arguments())
 
     # -- construction ------------------------------------------------------------------------------------------------
 
-    def _vision_data(self, args: UnlearnConfig, train: Dataset, evaluation: Any, retain: Dataset | None) -> Any:
-        if retain is not None:
-            raise ValueError(
-                "retain_dataset: a forget dataset with images is stacked by TRL's vision collator, which takes no "
-                "retain rows. Leave it out."
-            )
-        if self.method.reference == "sums":
-            raise ValueError(
-                f"loss_type={args.loss_type!r} computes its reference before the training, which is not supported for "
-                "data with images. Choose flat, simnpo, wga or another loss without a reference."
-            )
-        if args.templates_per_example > 1:
-            raise ValueError("templates_per_example: data with images take one refusal per prompt; set it to 1.")
-
+    def _vision_data(self, args: UnlearnConfig, train: Dataset, evaluation: Any) -> Any:
         def converted(dataset: Dataset, name: str) -> Dataset:
             return with_templates(dataset, self._plan(dataset, name, args, None))
 
@@ -255,26 +249,23 @@ class UnlearnTrainer(ReferenceTrainer):
         )
         columns.extend(name for name in own if name not in columns)
 
-    def _steer(self, args: UnlearnConfig) -> None:
-        """Choose RMU's layer and vector, and freeze what lies above the layer: no gradient reaches it."""
-        settings = args.forget_arguments()
+    def _steer(self, layer: int, coefficient: float) -> None:
+        """Choose RMU's layer and vector, and freeze what lies above the layer."""
         base = base_of(self.model)
-        layers = decoder_layers(base)
-        layer = self._layer = settings["layer"]
-        if layer >= len(layers):
-            raise ValueError(
-                f"loss_kwargs['layer']={layer}: the model has the layers 0 to {len(layers) - 1}; a layer in the "
-                "first half is usual."
-            )
-        freeze_above(base, layers, layer)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                f"loss_kwargs['layer']={layer}: nothing at or below this layer is trainable; let the adapter "
-                "target it, or choose a higher layer."
-            )
-        generator = torch.Generator().manual_seed(args.seed)
-        hidden_size = base.config.get_text_config().hidden_size
-        self._control = control_vector(hidden_size, settings["coefficient"], generator)
+        self._frozen = freeze_above(self.model, base, layer)
+        self._layer = layer
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self._control = control_vector(base.config.get_text_config().hidden_size, coefficient, generator)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # The next trainer of this model may train all of it.
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -409,17 +400,4 @@ class FlatTrainer(UnlearnTrainer):
 
     _tag_names = ["trl", "hf-ext", "flat", "unlearning"]  # noqa: RUF012
     _name = "FLAT"
-    _paper = {  # noqa: RUF012
-        "title": "LLM Unlearning via Loss Adjustment with Only Forget Data",
-        "id": "2410.11143",
-        # docstyle-ignore
-        "citation": """\
-@inproceedings{wang2025llm,
-    title        = {{LLM Unlearning via Loss Adjustment with Only Forget Data}},
-    author       = {Yaxuan Wang and Jiaheng Wei and Chris Yuhao Liu and Jinlong Pang and Quan Liu
-                    and Ankit Parag Shah and Yujia Bao and Yang Liu and Wei Wei},
-    year         = 2025,
-    booktitle    = {International Conference on Learning Representations}
-}""",
-    }
     _config_class = FlatConfig

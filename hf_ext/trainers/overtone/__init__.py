@@ -6,33 +6,21 @@ TRL, so every name is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from hf_ext._lazy import lazy_attributes
 
 _LAZY = {
-    "OvertoneConfig": "config",
-    "OvertoneCurveCallback": "callbacks",
-    "OvertoneLoss": "criterion",
-    "OvertoneMixin": "trainer",
-    "OvertoneSaturationCallback": "callbacks",
-    "OvertoneSettings": "loss",
-    "OvertoneStatistics": "statistics",
-    "OvertoneTrainer": "trainer",
-    "TokenLosses": "loss",
-    "overtone_from_hidden": "chunked",
-    "overtone_from_logits": "chunked",
-    "overtone_reference": "loss",
+    "OvertoneConfig": ".config",
+    "OvertoneCurveCallback": ".callbacks",
+    "OvertoneLoss": ".criterion",
+    "OvertoneMixin": ".trainer",
+    "OvertoneSaturationCallback": ".callbacks",
+    "OvertoneSettings": ".loss",
+    "OvertoneStatistics": ".statistics",
+    "OvertoneTrainer": ".trainer",
+    "TokenLosses": ".loss",
+    "overtone_from_hidden": ".chunked",
+    "overtone_from_logits": ".chunked",
+    "overtone_reference": ".loss",
 }
 __all__ = sorted(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_attributes(globals(), _LAZY)

@@ -23,6 +23,7 @@ from hf_ext.trainers.overtone.loss import (
     check_labels,
     score_rows_,
 )
+from hf_ext.trainers.projection import product_dtype, project, projection_gradients, times_weight
 
 # Elements of the [T, V] buffer that holds one chunk of logits. 2^23 is 32 MiB in float32 and 32 tokens of a 262,144-word
 # vocabulary. Larger chunks read the head's weight less often, smaller ones need less memory.
@@ -30,26 +31,6 @@ _CHUNK_ELEMENTS_CPU = 2**23
 _CHUNK_ELEMENTS_GPU = 2**25
 # A trained head has a gradient of its own size anyway, which every chunk reads and writes.
 _CHUNK_GROWTH_FOR_TRAINED_HEAD = 2
-# Rows of the head's weight converted at a time when it is stored in another dtype than the product is computed in.
-_WEIGHT_SLICE = 32768
-
-
-def _weight_slices(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the head in `dtype`; in slices if they must be converted, to never hold a second copy of the head."""
-    step = len(weight_VH) if weight_VH.dtype == dtype else _WEIGHT_SLICE
-    for start in range(0, len(weight_VH), step):
-        rows = slice(start, min(start + step, len(weight_VH)))
-        yield rows, weight_VH[rows].to(dtype)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right` in the dtype of `total` (float32 or float64), without rounding the product before the sum."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.device.type == "cuda":
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 class _HeadSpec(NamedTuple):
@@ -74,8 +55,7 @@ class _OvertoneHead(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, spec: _HeadSpec
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        device = hidden_NH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        dtype = product_dtype(hidden_NH)
         head_is_trained = any(ctx.needs_input_grad[1:3])
         ahead = ctx.needs_input_grad[0] and not head_is_trained
         grad_NH = torch.empty_like(hidden_NH) if ahead else None
@@ -83,7 +63,7 @@ class _OvertoneHead(torch.autograd.Function):
         for chunk, rows_TV in _projected_chunks(hidden_NH, weight_VH, bias_V, dtype, spec, head_is_trained):
             parts.append(score_rows_(rows_TV, labels_N[chunk], spec.settings, ahead, spec.logit_scale, spec.softcap))
             if grad_NH is not None:
-                grad_NH[chunk] = _times_weight(rows_TV, weight_VH)
+                grad_NH[chunk] = times_weight(rows_TV, weight_VH)
         losses = TokenLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))
         ctx.spec, ctx.dtype = spec, dtype
         saved = (hidden_NH, weight_VH, bias_V, labels_N) if head_is_trained else (grad_NH,)
@@ -101,34 +81,20 @@ class _OvertoneHead(torch.autograd.Function):
             # Multiplied in float32: a float16 loss scale alone can exceed the range of float16.
             return ((grad_NH * upstream_N[:, None]).to(grad_NH.dtype), None, None, None, None)
         hidden_NH, weight_VH, bias_V, labels_N = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        total_dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         spec: _HeadSpec = ctx.spec
-        with spec.gather():
-            grad_NH = torch.empty_like(hidden_NH) if need_hidden else None
-            grad_VH = torch.zeros_like(weight_VH, dtype=total_dtype) if need_weight else None
-            grad_V = torch.zeros(len(weight_VH), dtype=total_dtype, device=weight_VH.device) if need_bias else None
+
+        def gradients() -> Iterator[tuple[slice, Tensor]]:
             for chunk, rows_TV in _projected_chunks(hidden_NH, weight_VH, bias_V, ctx.dtype, spec, True):
                 score_rows_(
                     rows_TV, labels_N[chunk], spec.settings, True, spec.logit_scale, spec.softcap, upstream_N[chunk]
                 )
-                if grad_NH is not None:
-                    grad_NH[chunk] = _times_weight(rows_TV, weight_VH)
-                if grad_VH is not None:
-                    chunk_TH = hidden_NH[chunk].to(ctx.dtype)
-                    # In slices, because float32 copies of low-precision operands are made on some devices.
-                    for start in range(0, rows_TV.shape[1], _WEIGHT_SLICE):
-                        columns = slice(start, min(start + _WEIGHT_SLICE, rows_TV.shape[1]))
-                        _accumulate(grad_VH[columns], rows_TV[:, columns].t(), chunk_TH)
-                if grad_V is not None:
-                    grad_V[: rows_TV.shape[1]] += rows_TV.sum(0, dtype=total_dtype)
-        return (
-            grad_NH,
-            None if grad_VH is None else grad_VH.to(weight_VH.dtype),
-            None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype),
-            None,
-            None,
-        )
+                yield chunk, rows_TV
+
+        with spec.gather():
+            found = projection_gradients(
+                ctx.needs_input_grad[:3], hidden_NH, weight_VH, bias_V, ctx.dtype, gradients()
+            )
+        return *found, None, None
 
 
 def _projected_chunks(
@@ -140,32 +106,15 @@ def _projected_chunks(
     head_is_trained: bool,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of tokens with their head outputs [T, V] in one reused buffer, which the caller may overwrite."""
-    weight_VH = weight_VH[: spec.settings.valid_vocab_size]
-    tokens, vocab = len(hidden_NH), len(weight_VH)
+    tokens, vocab = len(hidden_NH), len(weight_VH[: spec.settings.valid_vocab_size])
     elements = _CHUNK_ELEMENTS_CPU if hidden_NH.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
     elements *= _CHUNK_GROWTH_FOR_TRAINED_HEAD if head_is_trained else 1
     step = max(1, min(tokens, spec.chunk_tokens or max(1, elements // vocab)))
     buffer = torch.empty(step, vocab, dtype=dtype, device=hidden_NH.device)
     for start in range(0, max(tokens, 1), step):
         chunk = slice(start, min(start + step, tokens))
-        chunk_TH = hidden_NH[chunk].to(dtype)
-        rows_TV = buffer[: len(chunk_TH)]
-        for columns, weight in _weight_slices(weight_VH, dtype):
-            torch.mm(chunk_TH, weight.t(), out=rows_TV[:, columns])
-        if bias_V is not None:
-            rows_TV += bias_V[:vocab].to(dtype)
-        yield chunk, rows_TV
-
-
-def _times_weight(rows_TV: Tensor, weight_VH: Tensor) -> Tensor:
-    """[T, V] @ [V, H]; rounded once if the product is one matrix multiplication, summed in float32 over slices if not."""
-    if weight_VH.dtype == rows_TV.dtype:
-        return rows_TV @ weight_VH[: rows_TV.shape[1]]
-    dtype = torch.float64 if rows_TV.dtype == torch.float64 else torch.float32
-    total_TH = torch.zeros(len(rows_TV), weight_VH.shape[1], dtype=dtype, device=rows_TV.device)
-    for columns, weight in _weight_slices(weight_VH[: rows_TV.shape[1]], rows_TV.dtype):
-        _accumulate(total_TH, rows_TV[:, columns], weight)
-    return total_TH
+        chunk_TH = hidden_NH[chunk]
+        yield chunk, project(chunk_TH, weight_VH, bias_V, buffer[: len(chunk_TH)])
 
 
 class _OvertoneLogits(torch.autograd.Function):

@@ -12,64 +12,18 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_ext._compat import fused_lm_head_output, gathered_lm_head
+from hf_ext.trainers.output_layer import logit_transform, remember_forward
 from hf_ext.trainers.overtone.chunked import overtone_from_hidden
 from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, check_labels
 from hf_ext.trainers.overtone.statistics import OvertoneStatistics
-
-# Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
-_BEFORE = "_overtone_forward_before"
-
-
-def base_of(model: Any) -> PreTrainedModel:
-    """The causal language model itself, below a PEFT wrapper if there is one."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-
-
-def current_forward(model: Any) -> Callable | None:
-    """The forward patched onto the instance, `None` if it runs its class's."""
-    return vars(base_of(model)).get("forward")
-
-
-def restore_forward(model: Any) -> None:
-    """Undo the patches of an earlier OVERTONE trainer on this model.
-
-    Each trainer wraps the forward it finds. Editing one fact after another with one trainer each would otherwise stack
-    hundreds of wrappers and end in a `RecursionError`.
-    """
-    base = base_of(model)
-    if _BEFORE not in vars(base):
-        return
-    before = vars(base).pop(_BEFORE)
-    if before is None:
-        vars(base).pop("forward", None)
-    else:
-        base.forward = before
-
-
-def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
-    """(scale, soft cap) that a model of this configuration applies to its head's output.
-
-    Families disagree on the name: Cohere has `logit_scale`, Muse `output_multiplier`, Falcon-H1 `lm_head_multiplier`;
-    Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
-    """
-    values = config.get_text_config().to_dict()
-    softcap = values.get("final_logit_softcapping")
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if values.get(name) is not None:
-            return values[name], softcap
-    scaling = values.get("logits_scaling")
-    if scaling is None:
-        return 1.0, softcap
-    return (scaling if values["model_type"] == "hyperclovax" else 1 / scaling), softcap
 
 
 def add_overtone_head(
@@ -84,7 +38,7 @@ def add_overtone_head(
         model: the model below any PEFT wrapper.
         settings: the numbers of the loss.
         statistics: receives what happened to the tokens of every training batch.
-        before: `current_forward(model)` from before TRL's patch; `restore_forward` puts it back.
+        before: what `restore_forward(model)` returned before TRL's patch; the next trainer's puts it back.
 
     Raises:
         ValueError: the head's weight is quantised, which the loss cannot read, or smaller than `valid_vocab_size`.
@@ -174,4 +128,4 @@ def add_overtone_head(
         )
 
     model.forward = types.MethodType(overtone_forward, model)
-    vars(model)[_BEFORE] = before
+    remember_forward(model, before)

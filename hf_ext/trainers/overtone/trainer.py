@@ -12,10 +12,11 @@ from trl import SFTConfig, SFTTrainer, is_conversational
 
 from hf_ext._compat import without_appended_eos
 from hf_ext.registry import OVERTONE
+from hf_ext.trainers.output_layer import base_of, restore_forward
 from hf_ext.trainers.overtone.callbacks import OvertoneSaturationCallback
 from hf_ext.trainers.overtone.chunked import overtone_from_logits
 from hf_ext.trainers.overtone.config import OvertoneConfig
-from hf_ext.trainers.overtone.head import add_overtone_head, base_of, current_forward, restore_forward
+from hf_ext.trainers.overtone.head import add_overtone_head
 from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, TokenLosses
 from hf_ext.trainers.overtone.statistics import OvertoneStatistics
 
@@ -145,10 +146,7 @@ class OvertoneTrainer(OvertoneMixin, SFTTrainer):
         if not args.edit_append_eos and kwargs.get("formatting_func") is None:
             _check_eos_is_ours(train_dataset, args)
         _reject_sequence_parallelism(args.parallelism_config)
-        before = None
-        if not isinstance(model, str):
-            restore_forward(model)
-            before = current_forward(model)
+        before = restore_forward(model)
 
         super().__init__(
             model=model,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from hf_ext.trainers.flat import FlatConfig, FlatTrainer, UnlearnConfig, UnlearnTrainer
 from hf_ext.trainers.flat.methods import METHODS
 from tests.conftest import make_tiny_llama
-from tests.trainers.overtone.helpers import make_tokenizer
+from tests.trainers.helpers import CPU_RUN, make_tokenizer
 
 REFUSALS = ["w80 w81 w82", "w83 w84", "w85 w86 w87 w88"]
 
@@ -39,19 +41,7 @@ def make_preference() -> Dataset:
 
 
 def make_args(folder, config_class=UnlearnConfig, **overrides) -> UnlearnConfig:
-    settings = dict(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        per_device_train_batch_size=4,
-        max_steps=3,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    settings = {"output_dir": str(folder), "max_steps": 3, **CPU_RUN}
     loss_type = overrides.get("loss_type", "flat")
     if loss_type == "rmu":
         settings["loss_kwargs"] = {"layer": 0}
@@ -75,3 +65,24 @@ def trained(folder, **kwargs) -> UnlearnTrainer:
     trainer = make_trainer(folder, **kwargs)
     trainer.train()
     return trainer
+
+
+def random_adapter(model: PeftModel, seed: int = 3) -> PeftModel:
+    """Draw its trainable weights, as a trained adapter would have them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def batch_of(trainer) -> dict[str, torch.Tensor]:
+    """The first batch of a run that has not begun."""
+    if trainer._references_are_due:
+        trainer.train_dataset = trainer._with_reference_sums(trainer.train_dataset)
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def loss_of(trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, dict(batch))

@@ -14,7 +14,7 @@ from hf_ext.trainers.flat import UnlearnTrainer
 from hf_ext.trainers.flat.data import DEFAULT_TEMPLATES, UnlearnCollator, load_templates, stack_sequences
 from tests.conftest import make_tiny_llama
 from tests.trainers.flat.helpers import REFUSALS, make_args, make_forget, make_preference, make_retain, make_trainer
-from tests.trainers.overtone.helpers import make_tokenizer
+from tests.trainers.helpers import make_tokenizer
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"

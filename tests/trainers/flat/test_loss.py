@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from hf_ext.trainers.flat.divergences import DIVERGENCES
 from hf_ext.trainers.flat.loss import answer_probability, flat_loss, padded_probability
 from tests.oracles import ORACLES
 from tests.trainers.flat.test_divergences import RECORDED
+from tests.trainers.helpers import assert_needs_torch_alone
 
 EXPECTED = json.loads((ORACLES / "flat/flat_expected.json").read_text())
 DATA = load_file(ORACLES / "flat/flat_loss.safetensors")
@@ -257,9 +255,4 @@ def test_unusable_arguments_are_named():
 
 
 def test_the_mathematics_needs_torch_alone():
-    code = (
-        "import sys, hf_ext.trainers.flat.baselines; "
-        "assert not {'trl', 'datasets', 'transformers', 'peft', 'accelerate', 'scipy'} & set(sys.modules)"
-    )
-    environment = {**os.environ, "HF_EXT_AUTO_REGISTER": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+    assert_needs_torch_alone("hf_ext.trainers.flat.baselines")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -19,8 +20,6 @@ from transformers import (
 from hf_ext.trainers.flat import UnlearnTrainer
 from hf_ext.trainers.flat.loss import answer_probability, flat_loss
 from tests.trainers.flat.helpers import REFUSALS, make_args, make_retain
-
-Image = pytest.importorskip("PIL.Image")
 
 
 def make_processor() -> LlavaProcessor:
@@ -60,6 +59,12 @@ def make_pictures() -> Dataset:
     )
 
 
+def label_log_probs(model, batch) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
+    log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+    return log_p.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+
+
 def make_trainer(folder, data=None, **overrides) -> UnlearnTrainer:
     kwargs = {name: overrides.pop(name) for name in ("retain_dataset", "eval_dataset") if name in overrides}
     args = make_args(folder, per_device_train_batch_size=2, max_steps=2, **overrides)
@@ -73,10 +78,7 @@ def test_flat_reads_both_halves(tmp_path):
     assert set(trainer.train_dataset["chosen"]) <= set(REFUSALS)
     assert trainer.train_dataset["rejected"] == make_pictures()["completion"]
     batch = next(iter(trainer.get_train_dataloader()))
-    model = make_model()
-    inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
-    log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
-    log_probs = log_p.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    log_probs = label_log_probs(make_model(), batch)
     mask = batch["completion_mask"][:, 1:].bool()
     truth = flat_loss(
         answer_probability(log_probs[:2], mask[:2]), answer_probability(log_probs[2:], mask[2:]), "kl"
@@ -84,6 +86,19 @@ def test_flat_reads_both_halves(tmp_path):
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(truth.item(), rel=1e-5)
     trainer.train()
     assert "eval_same_loss" in trainer.evaluate()
+
+
+def test_a_loss_without_refusals_runs_the_answers_alone(tmp_path):
+    trainer = make_trainer(tmp_path, loss_type="wga")
+    rows = list(trainer.train_dataset)[:2]
+    batch, whole = trainer.data_collator(rows), trainer.data_collator.collate(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "completion_mask", "pixel_values"}
+    for name, value in batch.items():
+        assert len(value) == 2 and torch.equal(value, whole[name][2:]), name
+    mask = batch["completion_mask"][:, 1:].bool()
+    answers = [row[m] for row, m in zip(label_log_probs(make_model(), batch), mask, strict=True)]
+    truth = torch.stack([(log_p.exp() * log_p).mean() for log_p in answers]).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(truth.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wga", "undial", "rmu"])

@@ -1,25 +1,13 @@
-"""A word-level tokenizer, a prompt-completion data set and short CPU runs for the OVERTONE tests."""
+"""A prompt-completion data set and short CPU runs for the OVERTONE tests."""
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.trainers.overtone import OvertoneConfig, OvertoneTrainer
 from tests.conftest import make_tiny_llama
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """99 tokens: pad, bos, eos, unk and w0 ... w94."""
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i + 4 for i in range(95)}}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+from tests.trainers.helpers import CPU_RUN, make_tokenizer
 
 
 def make_facts(count: int = 8) -> Dataset:
@@ -32,20 +20,7 @@ def make_facts(count: int = 8) -> Dataset:
 
 
 def make_args(folder, config_class=OvertoneConfig, **overrides) -> SFTConfig:
-    settings = dict(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
-        per_device_train_batch_size=4,
-        max_steps=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return config_class(**{**settings, **overrides})
+    return config_class(**{"output_dir": str(folder), "max_steps": 4, **CPU_RUN, **overrides})
 
 
 def make_trainer(folder, model=None, trainer_class=OvertoneTrainer, data=None, overrides=None, **kwargs) -> SFTTrainer:
@@ -63,17 +38,3 @@ def trained(folder, **kwargs) -> SFTTrainer:
     trainer = make_trainer(folder, **kwargs)
     trainer.train()
     return trainer
-
-
-def column(trainer: SFTTrainer, name: str) -> list[float]:
-    """The logged values of one metric over the steps of the run."""
-    return [float(row[name]) for row in trainer.state.log_history if name in row]
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -12,7 +12,8 @@ from transformers import TrainerControl, TrainerState
 from hf_ext.trainers.overtone import OvertoneCurveCallback, OvertoneSaturationCallback, OvertoneStatistics
 from hf_ext.trainers.overtone.loss import TokenLosses
 from hf_ext.trainers.overtone.statistics import answer_positions
-from tests.trainers.overtone.helpers import column, make_trainer
+from tests.trainers.helpers import column
+from tests.trainers.overtone.helpers import make_trainer
 
 
 def losses_of(labelled: torch.Tensor, nll: torch.Tensor, active: torch.Tensor) -> TokenLosses:

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from hf_ext.trainers.overtone.chunked import overtone_from_hidden, overtone_from_logits
 from hf_ext.trainers.overtone.loss import OvertoneSettings, overtone_reference
+from tests.trainers.helpers import allocated_peak
 
 SETTINGS = OvertoneSettings(0.3, 0.05, 1.0)
 
@@ -212,18 +212,6 @@ def test_non_finite_logits_at_ignored_positions_do_not_matter():
     logits[2] = math.nan
     losses = overtone_from_logits(logits, torch.tensor([1, 2, -100, 4]), SETTINGS)
     assert losses.loss.isfinite().all()
-
-
-def allocated_peak(function) -> int:
-    """Largest number of bytes that torch's CPU allocator held above the start while `function` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        function()
-    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def test_memory_depends_on_neither_prompt_nor_number_of_labels():

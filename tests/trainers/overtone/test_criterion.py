@@ -15,7 +15,8 @@ from hf_ext.trainers.overtone import (
     overtone_reference,
 )
 from tests.conftest import make_tiny_llama
-from tests.trainers.overtone.helpers import column, largest_difference, make_trainer, weights
+from tests.trainers.helpers import column, largest_difference, weights
+from tests.trainers.overtone.helpers import make_trainer
 
 SATURATED = OvertoneSettings(clip_epsilon=1e9, require_top1=False)
 

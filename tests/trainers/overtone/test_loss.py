@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from hf_ext.trainers.overtone.chunked import overtone_from_hidden, overtone_from_logits
 from hf_ext.trainers.overtone.loss import OvertoneSettings, overtone_reference
+from tests.trainers.helpers import assert_needs_torch_alone
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "overtone"
 CONFIGS = json.loads((ORACLES / "configs.json").read_text())
@@ -206,12 +204,7 @@ def test_float32_statistics_survive_large_logits(offset):
 
 
 def test_the_mathematics_needs_torch_alone():
-    code = (
-        "import sys, hf_ext.trainers.overtone.chunked; "
-        "assert not {'trl', 'datasets', 'transformers', 'peft', 'accelerate'} & set(sys.modules)"
-    )
-    environment = {**os.environ, "HF_EXT_AUTO_REGISTER": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+    assert_needs_torch_alone("hf_ext.trainers.overtone.chunked")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from hf_ext.trainers.overtone import OvertoneTrainer
-from tests.trainers.overtone.helpers import column, make_args
+from tests.trainers.helpers import column
+from tests.trainers.overtone.helpers import make_args
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 

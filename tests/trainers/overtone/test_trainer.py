@@ -8,67 +8,22 @@ import itertools
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from hf_ext.trainers.overtone import OvertoneTrainer, overtone_reference
 from tests.conftest import make_tiny_llama
-from tests.trainers.overtone.helpers import (
-    column,
-    largest_difference,
-    make_facts,
-    make_tokenizer,
-    make_trainer,
-    trained,
-    weights,
-)
+from tests.trainers.helpers import FAMILIES, column, largest_difference, lora, make_tokenizer, quantised_llama, weights
+from tests.trainers.overtone.helpers import make_facts, make_trainer, trained
 
 CROSS_ENTROPY = {"mix_lambda": 1.0, "clip_epsilon": 0.0}
 # Everything counts as learnt: no token ever has a gradient.
 SATURATED = {"clip_epsilon": 1e9, "require_top1": False}
-SMALL = dict(
-    vocab_size=99,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-
-
-def lora(**overrides) -> LoraConfig:
-    settings = dict(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=True, task_type="CAUSAL_LM")
-    return LoraConfig(**{**settings, **overrides})
 
 
 def batch_of(trainer) -> dict[str, torch.Tensor]:
     return next(iter(trainer.get_train_dataloader()))
-
-
-FAMILIES = {
-    "llama": lambda: make_tiny_llama(),
-    "tied": lambda: make_tiny_llama(tie_word_embeddings=True),
-    "cohere_scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3)),
-    "granite_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
-    "gemma2_softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)),
-    "mixtral_experts": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,12 +175,7 @@ def test_prompt_tuning(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base(tmp_path, bits):
-    pytest.importorskip("bitsandbytes")
-    make_tiny_llama().save_pretrained(tmp_path / "base")
-    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=quantisation, dtype=torch.float32, device_map={"": "cpu"}
-    )
+    model = quantised_llama(tmp_path / "base", bits)
     trainer = trained(tmp_path, model=model, peft_config=lora(), data=make_facts(4), overrides={"max_steps": 8})
     # The target moves with the model, so the loss itself need not fall from step to step.
     nll = column(trainer, "overtone/nll")
