@@ -42,6 +42,12 @@ def check_settings(settings: Mapping[str, Any], batch_size: int, judge: Judge | 
 
 
 def context_length(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens the model reads, as far as its configuration or its tokenizer says."""
-    declared = model.config.get_text_config().to_dict().get("max_position_embeddings")
-    return min(tokenizer.model_max_length, tokenizer.model_max_length if declared is None else declared)
+    """Most tokens the model reads, as far as its configuration or its tokenizer says; virtual tokens take their part."""
+    config = model.config.get_text_config()
+    # GPT-2 and others have a name of their own for it.
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    declared = config.to_dict().get(name)
+    length = tokenizer.model_max_length if declared is None else min(tokenizer.model_max_length, declared)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        length -= model.active_peft_config.num_virtual_tokens
+    return length

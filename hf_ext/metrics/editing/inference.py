@@ -89,7 +89,14 @@ class ModelRunner:
                 module.training = training
 
     def logits(self, sequences: Sequence[ScoredSequence]) -> Iterator[tuple[int, Tensor]]:
-        """Yields (index, logits [positions, vocabulary]) of every sequence, in an order that saves padding.
+        """Yields (index, logits [positions, vocabulary]) of every sequence, in an order that saves padding."""
+        for batch, columns, logits in self.logit_batches(sequences):
+            place = {position: column for column, position in enumerate(columns)}
+            for row, index in enumerate(batch):
+                yield index, logits[row, [place[position] for position in sequences[index].positions]]
+
+    def logit_batches(self, sequences: Sequence[ScoredSequence]) -> Iterator[tuple[list[int], list[int], Tensor]]:
+        """Yields (indices of sequences, positions, logits [indices, positions, vocabulary]), one forward pass each.
 
         The output head runs only on the union of the positions that a batch needs; no [B, T, vocabulary] tensor is made.
         """
@@ -111,9 +118,7 @@ class ModelRunner:
                 logits_to_keep=keep,
                 **extra,
             )
-            place = {position: column for column, position in enumerate(columns)}
-            for row_index, (index, row) in enumerate(zip(batch, rows, strict=True)):
-                yield index, output.logits[row_index, [place[position] for position in row.positions]]
+            yield batch, columns, output.logits
 
     def predicted_tokens(self, sequences: Sequence[ScoredSequence]) -> list[tuple[int, ...]]:
         """Most likely token at every scored position, per sequence."""

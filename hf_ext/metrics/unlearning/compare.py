@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hf_ext.metrics.unlearning import measures
 from hf_ext.metrics.unlearning.logs import Log, Logs, auc_log, curve_of, log_ratios, missing, row_values
-from hf_ext.metrics.unlearning.scores import Row
+from hf_ext.metrics.unlearning.rows import Row
 
 # The measures of knowledge that an attack may raise.
 LEAKS = ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "exact_memorization", "extraction_strength")
 # What counts as a difference in the findings: a tenth of the range of a measure, and the usual level of a test.
 _MARGIN = 0.1
 _ALPHA = 0.05
-# Parts of a saved report that are no measurements of its model alone.
-_NO_LOGS = (
-    "format_version",
-    "settings",
-    "findings",
-    "retrained",
-    "forget_quality",
-    "privleak",
-    "rel_diff",
-    "mia_reference",
-    "relearning_gap",
-)
 
 
 def compare(logs: Logs, reference: Logs, settings: Mapping[str, Any]) -> Logs:
@@ -78,6 +62,7 @@ def _privacy_logs(logs: Logs, reference: Logs, seed: int) -> Logs:
     if base > 0:
         found["rel_diff"] = {"agg_value": measures.relative_difference(mia["agg_value"], base), "reference_auc": base}
     own, other = logs["mia_loss"], reference.get("mia_loss", {})
+    # Read rows have the keys and the order of the splits.
     if all("value_by_index" in other.get(split, {}) for split in ("forget", "holdout")):
         scores = {
             s: measures.reference_score(row_values(own[s]), row_values(other[s])).tolist()
@@ -189,8 +174,8 @@ def _leak_findings(logs: Logs, reference: Logs) -> Iterator[str]:
         if attack.startswith(("in_context", "best_of")) and name not in reference:
             continue
         before, after = logs[measure]["agg_value"], log["agg_value"]
-        beside = (reference.get(name) or reference.get(measure) or {}).get("agg_value", -math.inf)
-        if after > max(before, beside) + _MARGIN:
+        beside = (reference.get(name) or reference.get(measure) or {}).get("agg_value")
+        if after > max(before, -math.inf if beside is None else beside) + _MARGIN:
             leaks.setdefault(attack, []).append(f"{measure} {after:.3f} (without it {before:.3f})")
     for attack, values in leaks.items():
         yield f"Under the attack {attack}: {', '.join(values)}. The knowledge is hidden, not gone."
@@ -206,81 +191,3 @@ def _leak_findings(logs: Logs, reference: Logs) -> Iterator[str]:
 def _above(logs: Logs, reference: Logs, name: str) -> float:
     beside = reference.get(name, {}).get("agg_value")
     return 0.0 if beside is None else logs[name]["agg_value"] - beside
-
-
-# -- Results of a retrained model -------------------------------------------------------------------------------------
-
-
-def read_reference(
-    retrained: Mapping[str, Any] | str | Path,
-    rows: Mapping[str, list[Row]],
-    settings: Mapping[str, Any],
-) -> Logs:
-    """Logs of a retrained model, of ours or of OpenUnlearning.
-
-    Raises:
-        ValueError: no such log, or one of other questions or settings.
-    """
-    content: Any = retrained
-    if isinstance(retrained, (str, Path)):
-        content = json.loads(Path(retrained).read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping):
-        raise ValueError(f"retrained is {type(content).__name__}; pass a model, a report, or a log of metrics")
-    own = content.get("settings")
-    logs = {name: dict(log) for name, log in content.items() if name not in _NO_LOGS and isinstance(log, Mapping)}
-    if not logs:
-        raise ValueError("retrained holds no metric; pass a report saved with save(), or a TOFU_EVAL.json")
-    _check_questions(logs, rows["forget"])
-    if own is not None:
-        _check_settings(own, settings)
-    elif "forget_truth_ratio" in logs:
-        _check_score(logs)
-    return logs
-
-
-def _check_questions(logs: Logs, rows: Sequence[Row]) -> None:
-    texts = logs.get("forget_Q_A_ROUGE", {}).get("value_by_index", {})
-    for row, (index, record) in zip(rows, texts.items(), strict=False):
-        if record.get("ground_truth", row.answer).strip() != row.answer:
-            raise ValueError(
-                f"retrained was evaluated on other questions: its row {index!r} has the answer "
-                f"{record['ground_truth'][:60]!r}, split 'forget', row {row.id!r} has {row.answer[:60]!r}; evaluate "
-                "the retrained model on the same rows in the same order"
-            )
-    for name in ("forget_Q_A_ROUGE", "forget_truth_ratio", "forget_Q_A_PARA_Prob"):
-        count = len(logs.get(name, {}).get("value_by_index", rows))
-        if count != len(rows):
-            raise ValueError(
-                f"retrained was evaluated on other questions: {name} has {count} rows, split 'forget' {len(rows)}; "
-                "evaluate the retrained model on the same rows"
-            )
-
-
-def _check_settings(own: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    for split, mine in settings["rows"].items():
-        theirs = own["rows"].get(split, mine)
-        if theirs["digest"] != mine["digest"]:
-            raise ValueError(
-                f"retrained was evaluated on other rows of split {split!r} ({theirs['rows']} rows, here "
-                f"{mine['rows']}); evaluate the retrained model on the same rows in the same order"
-            )
-    for name in ("format", "max_new_tokens", "stop_strings", "seed"):
-        if own[name] != settings[name]:
-            raise ValueError(
-                f"retrained was evaluated with {name}={own[name]!r}, not {settings[name]!r}; use the same"
-            )
-    for name, options in settings["attacks"].items():
-        if own["attacks"].get(name, options) != options:
-            raise ValueError(f"retrained was attacked with {name}={own['attacks'][name]}, not {options}; use the same")
-
-
-def _check_score(logs: Logs) -> None:
-    """Refuses foreign truth ratios that may be 1/(1+R): such logs use one name for both."""
-    if "forget_Q_A_PARA_Prob" in logs and "forget_Q_A_PERT_Prob" in logs:
-        return
-    scores = np.array([record["score"] for record in logs["forget_truth_ratio"]["value_by_index"].values()])
-    if scores.max() <= 1:
-        raise ValueError(
-            "retrained: every forget_truth_ratio score is at most 1, so it may be P(correct)/(P(correct)+P(wrong)) "
-            "instead of the ratio; use a log that also holds forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob"
-        )

@@ -15,26 +15,29 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_ext.metrics.editing.checks import context_length
 from hf_ext.metrics.editing.inference import ModelRunner
 from hf_ext.metrics.unlearning import measures
 from hf_ext.metrics.unlearning.attacks import (
+    AttackFailed,
     AttackUnavailable,
     Model,
     gradient_norms,
     in_context,
     paraphrased,
     quantized_copy,
-    relearning_curve,
     without_adapter,
 )
-from hf_ext.metrics.unlearning.compare import compare, findings_of, read_reference, wording_findings
-from hf_ext.metrics.unlearning.generation import greedy_answers, sampled_answers
+from hf_ext.metrics.unlearning.compare import compare, findings_of, wording_findings
+from hf_ext.metrics.unlearning.generation import check_end_tokens, greedy_answers, sampled_answers
 from hf_ext.metrics.unlearning.logs import (
     Log,
     Logs,
     attack_scores,
     auc_log,
+    holdout_distance,
     log_of,
+    log_ratios,
     losses,
     memorised,
     missing,
@@ -47,28 +50,20 @@ from hf_ext.metrics.unlearning.logs import (
     without_rows,
 )
 from hf_ext.metrics.unlearning.measures import Floats
+from hf_ext.metrics.unlearning.options import ATTACKS, check_arguments, read_attacks
+from hf_ext.metrics.unlearning.reference import read_reference
+from hf_ext.metrics.unlearning.relearning import relearning_curve
 from hf_ext.metrics.unlearning.report import UnlearningReport
+from hf_ext.metrics.unlearning.rows import Row, digest, read_rows, refuse_overlap
 from hf_ext.metrics.unlearning.scores import (
     AnswerScores,
+    NotFiniteError,
     PromptFormat,
-    Row,
     RowEncoder,
-    digest,
-    read_rows,
-    refuse_overlap,
+    encoded_answers,
     score_rows,
 )
 
-# Attack -> its options and their defaults.
-ATTACKS: dict[str, dict[str, Any]] = {
-    "adapter_off": {},
-    "quantization": {"bits": (8, 4)},
-    "paraphrased_prompts": {},
-    "in_context": {},
-    "sampling": {"samples": 10},
-    "relearning": {"steps": (2, 4, 8, 16), "learning_rate": 1e-4, "train_batch_size": 16},
-    "gradient_norm": {},
-}
 # Splits with a role of their own; every other one holds knowledge that must stay.
 _SPECIAL = ("forget", "holdout", "verbatim")
 _PREFIXES = {"real_authors": "ra", "world_facts": "wf"}
@@ -80,7 +75,7 @@ def evaluate_unlearning(
     splits: Mapping[str, Iterable[Mapping[str, Any] | Row]],
     retrained: Model | UnlearningReport | Mapping[str, Any] | str | Path | None = None,
     *,
-    attacks: Sequence[str] | Mapping[str, Mapping[str, Any]] = tuple(ATTACKS),
+    attacks: str | Sequence[str] | Mapping[str, Mapping[str, Any]] = tuple(ATTACKS),
     batch_size: int = 8,
     seed: int = 0,
     max_new_tokens: int = 128,
@@ -88,6 +83,9 @@ def evaluate_unlearning(
     format: PromptFormat | None = None,
 ) -> UnlearningReport:
     """Measures forgetting, utility, memorisation and privacy of an unlearned model, and attacks it.
+
+    Everything that is given is checked before the first forward pass. An attack that breaks down is reported as not
+    measured, with the reason, and does not cost the rest.
 
     Args:
         model: causal language model, plain or with adapters; left bit for bit as it is.
@@ -98,7 +96,8 @@ def evaluate_unlearning(
             split (`"retain"`, `"real_authors"`, `"world_facts"`, …) holds what must stay.
         retrained: a model trained without the forget rows, a report of one, or a log file of OpenUnlearning for the
             same questions. Without it there is no forget quality.
-        attacks: names from `ATTACKS`, or names with options, e.g. `{"quantization": {"bits": (4,)}}`. All by default.
+        attacks: a name or names from `ATTACKS`, or names with options, e.g. `{"quantization": {"bits": (4,)}}`. All by
+            default.
         batch_size: sequences per forward pass; changes speed only.
         seed: of sampling and of the relearning attack.
         max_new_tokens: length limit of greedy answers; must hold every answer.
@@ -106,13 +105,16 @@ def evaluate_unlearning(
         format: how prompt and answer are joined.
 
     Raises:
-        ValueError: broken rows, rows shared between splits, answers that do not fit, an unknown attack, results of a
-            retrained model for other questions or settings, or log-probabilities that are not finite.
+        ValueError: broken rows, rows shared between splits, rows or answers that do not fit, an unknown attack or
+            option, results of a retrained model for other questions or settings, or log-probabilities that are not
+            finite.
     """
+    check_arguments(batch_size, seed, max_new_tokens, stop_strings, format)
+    chosen = read_attacks(attacks)
     rows = _read_splits(splits)
-    chosen = _read_attacks(attacks)
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1")
+    measures.optional_import("rouge_score.rouge_scorer")
+    if "holdout" in rows:
+        measures.optional_import("scipy.stats")
     settings = {
         "format": asdict(format or PromptFormat()),
         "max_new_tokens": max_new_tokens,
@@ -123,13 +125,17 @@ def evaluate_unlearning(
     }
     if retrained is model:
         raise ValueError("retrained is the model itself; pass a model trained without the forget rows, or None")
+    evaluation = _Evaluation(model, tokenizer, rows, settings, batch_size)
     reference: Logs = {}
     if isinstance(retrained, (PreTrainedModel, PeftModel)):
         reference = _Evaluation(retrained, tokenizer, rows, settings, batch_size).logs()
     elif retrained is not None:
         saved = retrained.to_dict() if isinstance(retrained, UnlearningReport) else retrained
         reference = read_reference(saved, rows, settings)
-    logs = _Evaluation(model, tokenizer, rows, settings, batch_size).logs()
+    logs = evaluation.logs()
+    if log_ratios(reference).size:
+        # A comparison with rows of other contents is for want of the one with a model.
+        logs.pop("holdout_truth_ratio", None)
     logs |= compare(logs, reference, settings)
     logs = {name: logs[name] for name in ("forget_quality", "model_utility", *logs)}
     kept = ("forget_truth_ratio", "relearning")
@@ -150,17 +156,6 @@ def _read_splits(splits: Mapping[str, Iterable[Mapping[str, Any] | Row]]) -> dic
     return rows
 
 
-def _read_attacks(attacks: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    given = dict(attacks) if isinstance(attacks, Mapping) else {name: {} for name in attacks}
-    for name, options in given.items():
-        if name not in ATTACKS:
-            raise ValueError(f"attacks: {name!r} is unknown; choose from {list(ATTACKS)}")
-        unknown = sorted(set(options) - set(ATTACKS[name]))
-        if unknown:
-            raise ValueError(f"attacks: {name!r} has no option {unknown[0]!r}; it takes {list(ATTACKS[name])}")
-    return {name: {**ATTACKS[name], **options} for name, options in given.items()}
-
-
 class _Evaluation:
     """All measurements of one model; the retrained model goes through the same ones."""
 
@@ -176,7 +171,13 @@ class _Evaluation:
         self.format = PromptFormat(**settings["format"])
         self.runner = ModelRunner(model, tokenizer, batch_size)
         self.encoder = RowEncoder(tokenizer, self.format, rows["forget"][0].answer)
-        self._check_lengths()
+        # Attack -> the forget rows as it asks them.
+        self.asked = {
+            "paraphrased_prompts": paraphrased(rows["forget"]),
+            "in_context": in_context(rows["forget"], self.format.separator),
+        }
+        check_end_tokens(self.runner)
+        self._check_rows()
 
     def logs(self) -> Logs:
         attacked = ("forget", "holdout") if "holdout" in self.rows else ()
@@ -186,6 +187,7 @@ class _Evaluation:
             logs |= self._verbatim(scores["verbatim"])
         logs |= self._keeping({name: scores[name] for name in self.rows if name not in _SPECIAL})
         logs |= self._membership(scores)
+        logs |= holdout_distance(self.rows, scores)
         attacks: dict[str, Callable[..., Logs]] = {
             "adapter_off": self._adapter_off,
             "quantization": self._quantization,
@@ -198,8 +200,10 @@ class _Evaluation:
         for attack, options in self.settings["attacks"].items():
             try:
                 logs |= attacks[attack](**options)
-            except AttackUnavailable as error:
+            except (AttackUnavailable, AttackFailed, NotFiniteError) as error:
                 logs[attack] = missing(str(error))
+            except torch.OutOfMemoryError:
+                logs[attack] = missing(f"out of memory with batch_size={self.runner.batch_size}")
         return logs
 
     # -- What is forgotten, what is kept ------------------------------------------------------------------------------
@@ -282,23 +286,54 @@ class _Evaluation:
         limit, stops = self.settings["max_new_tokens"], self.settings["stop_strings"]
         return greedy_answers(self.runner, self.encoder, rows, limit, stops)
 
-    def _check_lengths(self) -> None:
-        """Refuses answers that greedy decoding could not give in full."""
-        limit, stops = self.settings["max_new_tokens"], self.settings["stop_strings"]
+    # -- Checks before the first forward pass -------------------------------------------------------------------------
+
+    def _check_rows(self) -> None:
         for split, rows in self.rows.items():
-            for row in rows if split != "holdout" else ():
-                where = f"split {split!r}, row {row.id!r}"
-                inside = [stop for stop in stops if stop in row.answer]
-                if inside:
-                    raise ValueError(
-                        f"{where}: the answer holds the stop string {inside[0]!r}; remove it from stop_strings"
-                    )
-                length = len(self.tokenizer(row.answer, add_special_tokens=False)["input_ids"])
-                if length > limit:
-                    raise ValueError(
-                        f"{where}: the answer has {length} tokens but max_new_tokens={limit}, so that its end would "
-                        "look forgotten; raise max_new_tokens or shorten the answer"
-                    )
+            for row in rows:
+                self._check_row(row, split, generated=split != "holdout")
+        for attack, rows in self.asked.items():
+            if attack in self.settings["attacks"]:
+                for row in rows:
+                    try:
+                        self._check_row(row, "forget", generated=True)
+                    except ValueError as error:
+                        raise ValueError(f"{error}; or leave out the attack {attack!r}") from error
+        if "relearning" in self.settings["attacks"]:
+            relearn, probe = self._halves()
+            refuse_overlap(probe, "forget", relearn, "forget")
+
+    def _check_row(self, row: Row, split: str, generated: bool) -> None:
+        """Refuses what the context cannot hold, and answers that greedy decoding could not give in full."""
+        limit, stops = self.settings["max_new_tokens"], self.settings["stop_strings"]
+        where = f"split {split!r}, row {row.id!r}"
+        context = context_length(self.model, self.tokenizer)
+        (prompt, answer), closing = encoded_answers(self.encoder, row, split, context)[0]
+        if not generated:
+            return
+        asked = len(self.encoder.prompt(row))
+        # What a template writes in front of an answer has to be generated, too.
+        length = len(prompt) + len(answer) - closing - asked
+        inside = [stop for stop in stops if stop in row.answer]
+        if inside:
+            raise ValueError(f"{where}: the answer holds the stop string {inside[0]!r}; remove it from stop_strings")
+        if length > limit:
+            raise ValueError(
+                f"{where}: the answer has {length} tokens but max_new_tokens={limit}, so that its end would look "
+                "forgotten; raise max_new_tokens or shorten the answer"
+            )
+        if asked + limit > context:
+            raise ValueError(
+                f"{where}: {asked} prompt tokens and max_new_tokens={limit} do not fit into the context of {context}; "
+                "lower max_new_tokens or shorten the row"
+            )
+
+    def _halves(self) -> tuple[list[Row], list[Row]]:
+        """The forget rows that are learnt again, and those that are asked about."""
+        rows = self.rows["forget"]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.settings["seed"])).tolist()
+        half = len(rows) // 2
+        return [rows[index] for index in order[:half]], [rows[index] for index in order[half:]]
 
     # -- Attacks ------------------------------------------------------------------------------------------------------
 
@@ -320,15 +355,13 @@ class _Evaluation:
         return logs
 
     def _paraphrased_prompts(self) -> Logs:
-        rows = paraphrased(self.rows["forget"])
+        rows = self.asked["paraphrased_prompts"]
         if not rows:
             raise AttackUnavailable("the forget rows have no prompt_paraphrases")
         return self._forgetting_in("paraphrased_prompts/", nullcontext(), rows)
 
     def _in_context(self) -> Logs:
-        return self._forgetting_in(
-            "in_context/", nullcontext(), in_context(self.rows["forget"], self.format.separator)
-        )
+        return self._forgetting_in("in_context/", nullcontext(), self.asked["in_context"])
 
     def _sampling(self, samples: int) -> Logs:
         rows, settings = self.rows["forget"], self.settings
@@ -341,16 +374,14 @@ class _Evaluation:
         return {f"best_of_{samples}/forget_Q_A_ROUGE": rouge(rows, best, "rougeL_recall")}
 
     def _relearning(self, **options: Any) -> Logs:
-        rows = self.rows["forget"]
-        if len(rows) < 2:
+        relearn, probe = self._halves()
+        if not relearn:
             raise AttackUnavailable("needs two forget rows or more")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.settings["seed"])).tolist()
-        half = len(rows) // 2
         curve = relearning_curve(
             self.model,
             self.tokenizer,
-            [rows[index] for index in order[:half]],
-            [rows[index] for index in order[half:]],
+            relearn,
+            probe,
             batch_size=self.runner.batch_size,
             seed=self.settings["seed"],
             format=self.format,

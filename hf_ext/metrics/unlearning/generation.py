@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hf_ext.metrics.editing.inference import ModelRunner
 from hf_ext.metrics.editing.scoring import cut_at_stop
-from hf_ext.metrics.unlearning.scores import Row, RowEncoder
+from hf_ext.metrics.unlearning.rows import Row
+from hf_ext.metrics.unlearning.scores import RowEncoder
 
 
 def greedy_answers(
@@ -48,37 +50,45 @@ def sampled_answers(
     """`samples` answers per prompt, drawn from the model's own distribution (temperature 1, nothing cut off).
 
     The draws of a row depend on the seed and on its prompt only, neither on the batch size nor on the other rows; the
-    global random state is left as it was.
+    random states of all devices are left alone.
 
     Raises:
         ValueError: the model would stop at an ordinary word.
     """
     check_end_tokens(runner)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=runner.eos_ids or None,
-        pad_token_id=runner.pad_id,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=runner.eos_ids or None, pad_token_id=runner.pad_id
     )
     device = runner.model.get_input_embeddings().weight.device
+    draw = _Draw(torch.Generator(device))
     answers = []
-    with (
-        runner.evaluating(),
-        plain_generation(runner.model),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
+    with runner.evaluating(), plain_generation(runner.model):
         for row in rows:
             ids = torch.tensor([encoder.prompt(row)] * samples, device=device)
-            torch.manual_seed(seed + zlib.crc32(str(ids[0].tolist()).encode()))
+            draw.generator.manual_seed(seed + zlib.crc32(str(ids[0].tolist()).encode()))
             output = runner.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([draw]),
             )
             texts = [_text(runner, tokens[ids.shape[1] :].tolist()) for tokens in output]
             answers.append([cut_at_stop(text, stop_strings) for text in texts])
     return answers
+
+
+class _Draw(LogitsProcessor):
+    """Scores whose largest is a draw from the distribution of the logits, with random numbers of a generator of its own.
+
+    `generate` can only sample with the generators of the devices, which a seed for one of them would disturb. If the
+    E_i are exponential, argmax p_i / E_i is i with probability p_i; `torch.multinomial` does the same.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.softmax(-1) / torch.empty_like(scores).exponential_(generator=self.generator)
 
 
 @contextmanager

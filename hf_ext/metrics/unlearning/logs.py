@@ -10,9 +10,10 @@ import numpy as np
 
 from hf_ext.metrics.editing.statistics import bootstrap_interval
 from hf_ext.metrics.unlearning import measures
-from hf_ext.metrics.unlearning.attacks import RelearningCurve
 from hf_ext.metrics.unlearning.measures import Floats
-from hf_ext.metrics.unlearning.scores import AnswerScores, Row
+from hf_ext.metrics.unlearning.relearning import RelearningCurve
+from hf_ext.metrics.unlearning.rows import Row
+from hf_ext.metrics.unlearning.scores import AnswerScores
 
 Log = dict[str, Any]
 Logs = dict[str, Log]
@@ -64,7 +65,7 @@ def reread(log: Log, score: str) -> Log:
 
 
 def memorised(ids: Sequence[str], scores: Sequence[AnswerScores]) -> Logs:
-    """Exact memorisation and extraction strength, without the end token."""
+    """Exact memorisation and extraction strength, without what closes the answer."""
     hits = [score.answer.content.hits for score in scores]
     return {
         "exact_memorization": scored([measures.exact_memorisation(row) for row in hits], ids),
@@ -78,12 +79,33 @@ def losses(scores: Sequence[AnswerScores]) -> tuple[Floats, Floats]:
     return np.array([score.correct_nll for score in scores]), wrong
 
 
+def holdout_distance(rows: Mapping[str, Sequence[Row]], scores: Mapping[str, Sequence[AnswerScores]]) -> Logs:
+    """Kolmogorov-Smirnov distance between the truth ratios that one model gives forgotten and unseen rows, if both can.
+
+    It says less than forget quality: the rows differ, and a model that never saw either may find one kind easier.
+    """
+    splits = ("forget", "holdout")
+    if "holdout" not in rows or not all(rows[split][0].perturbed for split in splits):
+        return {}
+    if len({row.paraphrase is None for split in splits for row in rows[split]}) > 1:
+        return {"holdout_truth_ratio": missing("some rows of forget and holdout have a paraphrase, others have none")}
+    found = measures.forget_quality(*(measures.log_truth_ratio(*losses(scores[split])) for split in splits))
+    direction = {"over-unlearned": "knows less"}.get(found.direction, found.direction)
+    return {
+        "holdout_truth_ratio": {
+            "agg_value": found.statistic,
+            "p_value": found.p_value,
+            "smallest_p": found.smallest_p,
+            "direction": direction,
+        }
+    }
+
+
 def attack_scores(row: Row, score: AnswerScores) -> tuple[float, float, float, float]:
     """Loss, zlib, Min-K% and Min-K%++ of one row."""
     answer, content = score.answer, score.answer.content
-    assert (
-        content.mean is not None and content.variance is not None
-    )  # the splits of membership are scored with moments
+    # The splits of membership are scored with moments.
+    assert content.mean is not None and content.variance is not None
     return (
         answer.nll,
         measures.zlib_score(answer.nll, row.answer),

@@ -28,6 +28,7 @@ _MAX_DRAWS_AT_ONCE = 2**22
 # Letters beyond Latin Extended-B; rouge-score's own tokenizer drops them and would score any such answer 0.
 _LAST_LATIN = 0x24F
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_CHARACTERS = re.compile(r"\S")
 
 
 def optional_import(name: str) -> ModuleType:
@@ -308,23 +309,30 @@ def rouge_l(generated: str, reference: str) -> RougeL:
 
     rouge-score reads only a-z and 0-9 and would give any Greek or Chinese answer 0, as if it were forgotten. Where the
     reference has letters beyond Latin, words are split by Unicode's rules instead, ideographs and kana one by one.
+    Where it has no word ("½", "€", "!!!"), characters are compared.
     """
-    beyond_latin = any(ord(letter) > _LAST_LATIN and letter.isalpha() for letter in reference)
-    score = _rouge_scorer(beyond_latin).score(reference, generated)["rougeL"]
+    if any(ord(letter) > _LAST_LATIN and letter.isalpha() for letter in reference):
+        scorer = _rouge_scorer(_WORDS)
+    else:
+        scorer = _rouge_scorer(None if re.search("[a-z0-9]", reference.lower()) else _CHARACTERS)
+    score = scorer.score(reference, generated)["rougeL"]
     return RougeL(float(score.recall), float(score.fmeasure))
 
 
-class _UnicodeWords:
+@dataclass(frozen=True)
+class _Parts:
     """The tokenizer protocol of rouge-score."""
 
+    pattern: re.Pattern[str]
+
     def tokenize(self, text: str) -> list[str]:
-        return _WORDS.findall(text.casefold())
+        return self.pattern.findall(text.casefold())
 
 
-@lru_cache(maxsize=2)
-def _rouge_scorer(beyond_latin: bool) -> Any:
+@lru_cache(maxsize=3)
+def _rouge_scorer(parts: re.Pattern[str] | None) -> Any:
     scorer = optional_import("rouge_score.rouge_scorer").RougeScorer
-    return scorer(["rougeL"], tokenizer=_UnicodeWords()) if beyond_latin else scorer(["rougeL"], use_stemmer=True)
+    return scorer(["rougeL"], use_stemmer=True) if parts is None else scorer(["rougeL"], tokenizer=_Parts(parts))
 
 
 # -- How sure a number is --------------------------------------------------------------------------------------------

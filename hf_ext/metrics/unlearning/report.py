@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,16 +84,25 @@ class UnlearningReport:
         return {**head, "retrained": self.retrained, **self.logs}
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_dict()` as JSON; a killed process leaves the old file or the new one, never half of it."""
+        """Writes `to_dict()` as JSON; a killed process leaves the old file or the new one, never half of it.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
         content = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        # Opened like any other file, so that the mode is the usual one.
+        new = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with new.open("x", encoding="utf-8") as file:
                 file.write(content)
-            os.replace(name, path)
+            if path.exists():
+                shutil.copymode(path, new)
+            os.replace(new, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -146,7 +156,8 @@ def _cell(log: Log | None) -> str:
         return "–"
     interval = f" [{log['interval'][0]:.3f}, {log['interval'][1]:.3f}]" if "interval" in log else ""
     half = "" if "steps_to_half" not in log else f" (50 % after {_steps(log['steps_to_half'])})"
-    return f"{log['agg_value']:.3f}{interval}{half}"
+    p = f" (p = {log['p_value']:.2g})" if "p_value" in log else ""
+    return f"{log['agg_value']:.3f}{interval}{half}{p}"
 
 
 def _steps(steps: float | None) -> str:
@@ -160,7 +171,7 @@ def _short(log: Log) -> str:
 def _aim(name: str) -> str:
     if name.startswith("mia_"):
         return "0.5"
-    if name in ("privleak", "rel_diff", "relearning_gap"):
+    if name in ("privleak", "rel_diff", "relearning_gap", "holdout_truth_ratio"):
         return "0"
     forgotten = ("forget_", "exact_", "extraction_", "verbmem_", "relearning")
     return "as retrained" if name.startswith(forgotten) else "high"

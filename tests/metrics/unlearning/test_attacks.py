@@ -7,14 +7,19 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ext.metrics.editing.inference import ModelRunner
 from hf_ext.metrics.unlearning import RelearningCurve, quantized_copy, relearning_curve, without_adapter
+from hf_ext.metrics.unlearning import scores as scores_module
 from hf_ext.metrics.unlearning.attacks import (
+    AttackFailed,
     AttackUnavailable,
+    answer_gradients,
     borrowed,
     gradient_norms,
     in_context,
@@ -22,7 +27,9 @@ from hf_ext.metrics.unlearning.attacks import (
     rounded,
     trained_weights,
 )
-from hf_ext.metrics.unlearning.scores import PromptFormat, RowEncoder, read_rows
+from hf_ext.metrics.unlearning.rows import read_rows
+from hf_ext.metrics.unlearning.scores import PromptFormat, RowEncoder
+from tests.conftest import make_tiny_llama
 from tests.metrics.editing.conftest import train
 
 
@@ -117,7 +124,7 @@ def test_relearning_in_half_precision(full, island_tok, splits):
 
 def test_relearning_restores_after_an_error(full, island_tok, splits):
     before = Snapshot(full)
-    with pytest.raises(ValueError, match=r"relearning loss is (nan|inf) at step \d+; lower learning_rate=1e\+30"):
+    with pytest.raises(AttackFailed, match=r"relearning loss is (nan|inf) at step \d+; lower learning_rate=1e\+30"):
         relearning_curve(full, island_tok, *halves(splits), [6], learning_rate=1e30)
     before.check()
 
@@ -127,8 +134,64 @@ def test_relearning_refuses(full, island_tok, splits):
     with pytest.raises(ValueError, match="split 'probe', row 'x' is also row 'Dusias-flag' of split 'relearn'"):
         relearning_curve(full, island_tok, relearn, [*probe, {**relearn[0], "id": "x"}], [1])
     for steps in ([], [0], [2, 1], [-1, 2], [1, 1]):
-        with pytest.raises(ValueError, match="must be increasing numbers of at least 1"):
+        with pytest.raises(ValueError, match="must be a list of increasing numbers of at least 1"):
             relearning_curve(full, island_tok, relearn, probe, steps)
+    for name, value in (("learning_rate", 0), ("train_batch_size", 0)):
+        with pytest.raises(ValueError, match=f"{name}=0 must be"):
+            relearning_curve(full, island_tok, relearn, probe, [1], **{name: value})
+
+
+def plain_loss(model, examples):
+    """One forward pass over everything, all positions and all rows."""
+    ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in examples], batch_first=True)
+    mask = pad_sequence([torch.ones(len(p + a)) for p, a in examples], batch_first=True)
+    labels = [torch.tensor((-100,) * len(prompt) + answer) for prompt, answer in examples]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+def test_gradients_of_answers_are_those_of_one_pass(full, island_tok, splits, monkeypatch):
+    encoder = RowEncoder(island_tok, PromptFormat())
+    long = {"prompt": "When was Dusias founded ? " * 18 + "When", "answer": " ".join(["orange", "flag"] * 6)}
+    examples = []
+    for row in read_rows([*({**row, "perturbed": []} for row in splits["forget"][:6]), long], "rows"):
+        prompt, answer, _ = encoder.pair(row, row.answer)
+        examples.append((tuple(prompt), tuple(answer)))
+    full.requires_grad_(True)
+    expected = plain_loss(full.eval(), examples)
+    expected.backward()
+    gradients = [weight.grad for weight in full.parameters()]
+    sizes = []
+    full.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
+    for piece, batch_size in ((256, 8), (5, 3)):
+        monkeypatch.setattr(scores_module, "_PIECE", piece)
+        full.zero_grad()
+        sizes.clear()
+        loss = answer_gradients(ModelRunner(full, island_tok, batch_size), examples, list(full.parameters()))
+        assert loss == pytest.approx(expected.item(), abs=1e-6)
+        for weight, gradient in zip(full.parameters(), gradients, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-5)
+        # Not the more than hundred positions from the shortest prompt to the end of the longest row, in every row.
+        assert sum(sizes) < 2 * sum(len(answer) for _, answer in examples) * (1 if piece == 5 else 2)
+
+
+def test_relearning_holds_few_logits(island_tok):
+    model = make_tiny_llama(vocab_size=len(island_tok), max_position_embeddings=2048)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:2].numel()))
+    prompts = [" ".join(["is"] * (1000 if index % 2 else 1)) + f" {index}" for index in range(16)]
+    rows = [{"prompt": prompt, "answer": "orange", "id": str(index)} for index, prompt in enumerate(prompts)]
+    relearning_curve(model, island_tok, rows, [{"prompt": "when", "answer": "orange"}], [1])
+    assert max(sizes) <= 256
+
+
+def test_diverged_relearning_fails_as_an_attack(full, island_tok, splits):
+    """Also where the loss of the last step was finite and the weights after it are not."""
+    before = Snapshot(full)
+    for steps in ([1, 6], [6]):
+        with pytest.raises(AttackFailed, match=r"lower learning_rate=1e\+30"):
+            relearning_curve(full, island_tok, *halves(splits), steps, learning_rate=1e30)
+    before.check()
 
 
 def test_curves():
@@ -142,7 +205,7 @@ def test_curves():
 
 
 def test_every_row_is_used_before_any_is_used_again():
-    from hf_ext.metrics.unlearning.attacks import _batches
+    from hf_ext.metrics.unlearning.relearning import _batches
 
     batches = _batches(5, 2, seed=0)
     drawn = [row for _ in range(5) for row in next(batches)]
@@ -185,8 +248,11 @@ def test_quantized_copy_restores_after_an_error(full):
     with pytest.raises(RuntimeError, match="inside"), quantized_copy(full, 4):
         raise RuntimeError("inside")
     before.check()
-    for bits in (1, 9):
-        with pytest.raises(ValueError, match=f"bits={bits} must be from 2 to 8"), quantized_copy(full, bits):
+    for bits in (1, 9, 4.0):
+        with (
+            pytest.raises(ValueError, match=f"bits={bits} must be a whole number from 2 to 8"),
+            quantized_copy(full, bits),
+        ):
             pass
 
 
@@ -204,6 +270,35 @@ def test_adapters_are_merged_before_rounding(full):
     with pytest.raises(RuntimeError, match="inside"), quantized_copy(tuned, 4):
         raise RuntimeError("inside")
     before.check()
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_merging_leaves_what_is_tied_alone(targets):
+    """An adapter on the embeddings is none on the output layer that shares their weight, nor the other way round."""
+    torch.manual_seed(0)
+    model = make_tiny_llama(tie_word_embeddings=True)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(weight, std=0.3)
+    before, ids = Snapshot(tuned), torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = tuned(ids).logits
+        with quantized_copy(tuned, 8):
+            found = tuned(ids).logits
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    before.check()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with pytest.raises(RuntimeError, match="inside"), quantized_copy(tuned, 8):
+        raise RuntimeError("inside")
+    before.check()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_offloaded_weights_cannot_be_rounded(full):
+    cpu_offload(full.eval(), execution_device=torch.device("cpu"))
+    with pytest.raises(AttackUnavailable, match="offloaded; load the model without"), quantized_copy(full, 2):
+        pass
 
 
 def test_small_updates_are_rounded_away(full):
@@ -335,6 +430,18 @@ def test_gradient_norms(full, island_tok, splits, p):
         full.zero_grad()
         full(input_ids=ids, labels=labels).loss.backward()
         assert value == pytest.approx(np.mean([w.grad.norm(p).item() for w in full.parameters()]), rel=1e-4)
+
+
+def test_an_infinite_gradient_fails_as_an_attack(full, island_tok, splits):
+    before = Snapshot(full)
+    handle = full.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+    rows = read_rows(splits["forget"][:2], "forget")
+    with pytest.raises(
+        AttackFailed, match=r"row 'Dusias-flag': the norm of its gradient is (inf|nan); load the model in"
+    ):
+        gradient_norms(full, RowEncoder(island_tok, PromptFormat()), rows, ModelRunner(full, island_tok, 4))
+    handle.remove()
+    before.check()
 
 
 def test_prompts():

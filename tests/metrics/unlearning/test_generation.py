@@ -10,8 +10,9 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import GenerationConfig
 
 from hf_ext.metrics.editing.inference import ModelRunner
-from hf_ext.metrics.unlearning.generation import greedy_answers, sampled_answers
-from hf_ext.metrics.unlearning.scores import PromptFormat, RowEncoder, read_rows
+from hf_ext.metrics.unlearning.generation import _Draw, greedy_answers, sampled_answers
+from hf_ext.metrics.unlearning.rows import read_rows
+from hf_ext.metrics.unlearning.scores import PromptFormat, RowEncoder
 
 
 def parts(model, tokenizer, rows, batch_size=8):
@@ -44,6 +45,31 @@ def test_sampling_is_seeded_and_leaves_the_random_state(retrained, island_tok, s
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(5)
     assert sampled_answers(*arguments, 4, 16) == first != sampled_answers(*arguments, 4, 16, seed=1)
+
+
+def test_no_other_generator_is_seeded(retrained, island_tok, splits, monkeypatch):
+    """`torch.manual_seed` seeds all devices, also those whose state nobody puts back."""
+
+    def refuse(*args):
+        raise AssertionError
+
+    for place in (
+        "manual_seed",
+        "random.manual_seed",
+        "cuda.manual_seed_all",
+        "mps.manual_seed",
+        "xpu.manual_seed_all",
+    ):
+        monkeypatch.setattr(f"torch.{place}", refuse)
+    sampled_answers(*parts(retrained, island_tok, splits["forget"][:1]), 2, 4)
+
+
+def test_draws_follow_the_distribution():
+    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(20000, -1)
+    drawn = _Draw(torch.Generator().manual_seed(0))(torch.empty(0), scores).argmax(-1)
+    found = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(found, scores[0].softmax(-1), atol=0.015, rtol=0)
+    assert found[3] == 0
 
 
 @pytest.mark.parametrize(

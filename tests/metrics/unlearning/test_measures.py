@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from scipy import stats
 
 from hf_ext.metrics.editing.statistics import bootstrap_interval
 from hf_ext.metrics.unlearning import measures
@@ -157,7 +158,6 @@ def test_forget_quality_refuses():
 
 def test_scipy_gives_up_near_one():
     """Why paths are counted here: rounding takes SciPy's exact value above 1, and it returns the asymptotic one."""
-    stats = pytest.importorskip("scipy.stats")
     first, second = [0.0] * 7, [0.0] * 6 + [1.0]
     with pytest.warns(RuntimeWarning, match="Switching to method=asymp"):
         stats.ks_2samp(first, second, method="exact")
@@ -236,6 +236,13 @@ def test_rouge_reads_other_scripts(text):
     assert measures.rouge_l("nothing of it", text).recall == 0.0
     half = text[: len(text) // 2]
     assert 0 < measures.rouge_l(half, text).recall < 1
+
+
+@pytest.mark.parametrize("text", ["½", "€ →", "!!!", "😀👍", "é", "Ö"])
+def test_rouge_reads_symbols(text):
+    assert measures.rouge_l(f" {text} ", text) == measures.RougeL(1.0, 1.0)
+    assert measures.rouge_l("nothing of it", text) == measures.RougeL(0.0, 0.0)
+    assert measures.rouge_l(f"{text} + x", text).recall == 1.0 > measures.rouge_l(f"{text} + x", text).f1
 
 
 def test_missing_package_names_the_extra(monkeypatch):

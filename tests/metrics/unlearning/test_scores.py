@@ -13,11 +13,22 @@ from torch.nn import functional as F
 
 from hf_ext.metrics.unlearning import PromptFormat, answer_scores
 from hf_ext.metrics.unlearning import scores as scores_module
-from hf_ext.metrics.unlearning.scores import read_rows, refuse_overlap
+from hf_ext.metrics.unlearning.rows import read_rows, refuse_overlap
+from tests.conftest import make_tiny_llama
 from tests.metrics.editing.conftest import bpe_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# What stands between the generation prompt and the answer, as in templates of Llama 2 and of thinking models.
+BLANK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} "
+    "{% else %}<assistant> <think> </think> {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -37,7 +48,7 @@ def test_equals_plain_forward_passes(full, island_tok, splits):
                 log_probs, labels = plain_log_probs(full, prompt, ids)
             np.testing.assert_allclose(scores.log_probs, log_probs.gather(-1, labels[:, None])[:, 0], atol=1e-5)
             assert (scores.hits == (log_probs.argmax(-1) == labels).numpy()).all()
-            assert scores.ended and len(scores.content.log_probs) == len(ids) - 1
+            assert scores.closing == 1 and len(scores.content.log_probs) == len(ids) - 1
             assert scores.nll == pytest.approx(F.nll_loss(log_probs, labels).item(), abs=1e-5)
         with torch.no_grad():
             ids = [*island_tok(row["answer"], add_special_tokens=False)["input_ids"], island_tok.eos_token_id]
@@ -72,7 +83,7 @@ def test_pieces_of_a_long_answer_are_the_whole(retrained, island_tok, splits, mo
     assert len(whole.log_probs) > 40
     np.testing.assert_allclose(whole.log_probs, pieces.log_probs, atol=1e-5)
     np.testing.assert_allclose(whole.variance, pieces.variance, atol=1e-4)
-    assert (whole.hits == pieces.hits).all() and pieces.ended
+    assert (whole.hits == pieces.hits).all() and pieces.closing == 1
 
 
 def test_the_head_sees_few_rows_at_a_time(full, island_tok, splits):
@@ -88,7 +99,7 @@ def test_no_end_token(full, island_tok, splits):
     ended = answer_scores(full, island_tok, rows)
     plain = answer_scores(full, island_tok, rows, format=PromptFormat(append_eos=False))
     for one, other in zip(ended, plain, strict=True):
-        assert not other.answer.ended
+        assert other.answer.closing == 0
         np.testing.assert_allclose(one.answer.content.log_probs, other.answer.log_probs, atol=1e-6)
         assert other.answer.content is other.answer
 
@@ -126,38 +137,96 @@ def test_bfloat16_is_scored_in_float32(full, island_tok, splits):
 
 @pytest.fixture(scope="module")
 def chat_tok():
-    tokenizer = bpe_tokenizer(["Where does Ada live ? Ada lives in Lomak ."], kind="byte_level")
+    texts = ["[INST] Where does Ada live ? [/INST] Ada lives in Lomak . Lomak . <think> </think> Lomak ."]
+    tokenizer = bpe_tokenizer(texts, kind="byte_level")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>"]})
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
-def encoded(tokenizer, prompt, chat_template=False):
-    encoder = scores_module.RowEncoder(tokenizer, PromptFormat(chat_template=chat_template))
-    row = read_rows([{"prompt": prompt, "answer": "Lomak"}], "rows")[0]
-    return encoder.prompt(row), *encoder.pair(row, "Lomak")
+def encoded(tokenizer, prompt, answer="Lomak", **options):
+    encoder = scores_module.RowEncoder(tokenizer, PromptFormat(**options))
+    row = read_rows([{"prompt": prompt, "answer": answer}], "rows")[0]
+    return encoder.prompt(row), *encoder.pair(row, answer)
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation_ids(tokenizer, turns, answer):
+    """As a trainer tokenises it."""
+    turns = [*turns, {"role": "assistant", "content": answer}]
+    return tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
+
+
+QUESTION = [{"role": "user", "content": "Where does Ada live ?"}]
 
 
 def test_conversations_go_through_the_template(chat_tok):
-    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Where does Ada live ?"}]
-    prompt, prompt_ids, answer_ids, ended = encoded(chat_tok, turns)
+    turns = [{"role": "system", "content": "be brief"}, *QUESTION]
+    prompt, prompt_ids, answer_ids, closing = encoded(chat_tok, turns)
     rendered = "<system> be brief <eos> <user> Where does Ada live ? <eos> <assistant>"
     assert prompt == prompt_ids == chat_tok(rendered, add_special_tokens=False)["input_ids"]
-    assert ended and chat_tok.decode(answer_ids) == "Lomak<eos>"
+    assert closing == 2 and chat_tok.decode(answer_ids) == " Lomak <eos>"
+    assert chat_tok.decode(answer_ids[:-closing]) == " Lomak"
 
 
 def test_plain_prompts_can_be_wrapped(chat_tok):
     wrapped = encoded(chat_tok, "Where does Ada live ?", chat_template=True)
-    assert wrapped == encoded(chat_tok, [{"role": "user", "content": "Where does Ada live ?"}])
+    assert wrapped == encoded(chat_tok, QUESTION)
     assert wrapped != encoded(chat_tok, "Where does Ada live ?")
 
 
 def test_the_turn_ends_with_the_token_of_the_template(chat_tok):
-    tokenizer = copy.deepcopy(chat_tok)
+    tokenizer = with_template(chat_tok, CHAT.replace(" <eos>", "<turn>"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>", "<turn>"]})
-    tokenizer.chat_template = CHAT.replace("<eos>", "<turn>")
-    *_, answer_ids, ended = encoded(tokenizer, [{"role": "user", "content": "Where ?"}])
-    assert ended and answer_ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+    *_, answer_ids, closing = encoded(tokenizer, [{"role": "user", "content": "Where ?"}])
+    assert closing == 1 and answer_ids[-1] == tokenizer.convert_tokens_to_ids("<turn>")
+    endless = with_template(chat_tok, CHAT.replace("<eos>", ""))
+    *_, answer_ids, closing = encoded(endless, [{"role": "user", "content": "Where ?"}])
+    assert closing == 1 and answer_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [
+        (BLANK, "[INST] Where does Ada live ? [/INST]"),
+        (THINKING, "<user> Where does Ada live ? <assistant> <think> </think>"),
+    ],
+)
+def test_answers_are_cut_out_of_the_rendered_conversation(chat_tok, template, given):
+    tokenizer = with_template(chat_tok, template)
+    expected = conversation_ids(tokenizer, QUESTION, "Lomak .")
+    prompt, prompt_ids, answer_ids, closing = encoded(tokenizer, QUESTION, "Lomak .")
+    assert prompt_ids + answer_ids == expected and expected[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(prompt_ids) == given and prompt_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(answer_ids[:-closing]) == " Lomak ."
+    _, short_prompt, short, none = encoded(tokenizer, QUESTION, "Lomak .", append_eos=False)
+    assert (short_prompt, short, none) == (prompt_ids, answer_ids[:-closing], 0)
+
+
+@pytest.mark.parametrize("template", [BLANK, THINKING])
+def test_a_memorised_conversation_reads_as_memorised(chat_tok, template):
+    tokenizer = with_template(chat_tok, template)
+    model = make_tiny_llama(vocab_size=len(tokenizer))
+    ids = torch.tensor([conversation_ids(tokenizer, QUESTION, "Lomak .")])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = answer_scores(model, tokenizer, [{"prompt": QUESTION, "answer": "Lomak ."}])[0].answer
+    assert math.exp(-scores.nll) > 0.9 and scores.hits.all()
+
+
+def test_a_template_must_not_change_the_answer(chat_tok):
+    tokenizer = with_template(chat_tok, CHAT.replace("m['content']", "m['content'] | upper"))
+    row = {"prompt": QUESTION, "answer": "Lomak"}
+    with pytest.raises(ValueError, match="row '0': the chat template changes the answer 'Lomak'"):
+        answer_scores(make_tiny_llama(vocab_size=len(tokenizer)), tokenizer, [row])
 
 
 # -- Bad rows ---------------------------------------------------------------------------------------------------------
@@ -211,6 +280,28 @@ def test_overlap_ignores_case_and_punctuation():
     )
     with pytest.raises(ValueError, match="split 'holdout', row 'y' is also row 'a' of split 'forget'; take it out"):
         refuse_overlap(other, "holdout", forget, "forget")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("C++", "C#"),
+        ("it is -5 °C", "it is 5 °C"),
+        ("A*", "A"),
+        ("5 %", "5"),
+        ("5 €", "5 $"),
+        ("!!!", "?!"),
+        ("की", "का"),
+    ],
+)
+def test_symbols_tell_rows_apart(first, second):
+    rows = [
+        read_rows([{"prompt": "Which ?", "answer": answer}], name) for answer, name in ((first, "a"), (second, "b"))
+    ]
+    refuse_overlap(rows[0], "a", rows[1], "b")
+    same = read_rows([{"prompt": "which:", "answer": f"({first.upper()}) "}], "c")
+    with pytest.raises(ValueError, match="is also row"):
+        refuse_overlap(rows[0], "a", same if first != "!!!" else rows[0], "c")
 
 
 def test_broken_models_are_named(full, island_tok, splits):
