@@ -36,7 +36,8 @@ class UnlearnConfig(DPOConfig):
     r"""
     Arguments of [`UnlearnTrainer`]: those of [`~trl.DPOConfig`] and the following. The fields of `DPOConfig` that
     belong to its own losses (`beta`, `loss_weights`, `label_smoothing`, ...) are rejected unless they keep their
-    default; `precompute_ref_batch_size` and `max_length` keep their meaning.
+    default; `max_length` keeps its meaning, and `precompute_ref_batch_size` has one for npo and
+    idk_dpo.
 
     Parameters:
         learning_rate (`float`, *optional*, defaults to `1e-5`):
@@ -63,8 +64,9 @@ class UnlearnConfig(DPOConfig):
             first token and comes back quickly.
         padded_length (`int`, *optional*):
             Reproduce the authors' code: one probability per batch, the sum over all answers divided by batch size
-            times this length, >= `max_length - 1`. The loss then depends on what else is in the batch. `None` is the
-            paper's definition.
+            times this length: that of the padded sequences less one, so >= `max_length - 1`, with `max_length` rounded up
+            to `pad_to_multiple_of`. The loss then depends on what else is in the micro-batch. `None` is the paper's
+            definition.
         template_answers (`list[str]` or `str`, *optional*):
             Refusals for prompt-completion data, for flat and idk_dpo: a list, or a path to a `.txt` file with one per
             line or a `.jsonl` file with one `answer` per line. `None` uses a built-in list of 20 sentences.
@@ -110,7 +112,7 @@ class UnlearnConfig(DPOConfig):
     )
     padded_length: int | None = field(
         default=None,
-        metadata={"help": "Reproduce the authors' code with sequences padded to this length."},
+        metadata={"help": "Reproduce the authors' code: the length that sequences are padded to, less one."},
     )
     template_answers: list[str] | str | None = field(
         default=None,
@@ -173,8 +175,8 @@ class UnlearnConfig(DPOConfig):
         for name, value in arguments.items():
             whole = isinstance(method.kwargs[name], int)
             kind: Any = int if whole else (int, float)
-            low_enough = not isinstance(value, kind) or isinstance(value, bool) or not value >= 0
-            if low_enough or (name in method.positive and value == 0):
+            wrong = not isinstance(value, kind) or isinstance(value, bool) or not value >= 0
+            if wrong or (name in method.positive and value == 0):
                 bound = "> 0" if name in method.positive else ">= 0"
                 raise ValueError(
                     f"loss_kwargs[{name!r}]={value!r}: {self.loss_type} needs {'an integer' if whole else 'a number'} "
@@ -219,6 +221,18 @@ class UnlearnConfig(DPOConfig):
             else:
                 why = f"{self.loss_type}: use loss_kwargs for the numbers of the method"
             raise ValueError(f"`{name}` has no effect on {why}.")
+        if self.method.reference != "sums" and self._changed(("precompute_ref_batch_size",)):
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no effect on {self.loss_type}, which "
+                "computes no reference before the training: leave it out."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: give a number > 0.")
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} sorts by the length of one sequence per "
+                "row, and the rows here hold several: choose random or sequential."
+            )
 
     def _check_own(self) -> None:
         if self.loss_type != "flat":
@@ -258,10 +272,12 @@ class UnlearnConfig(DPOConfig):
                 f"padded_length={length} reproduces a mean over the batch and excludes the geometric probability: "
                 "leave one of the two out."
             )
-        if self.max_length is None or length < self.max_length - 1:
+        multiple = cast("int | None", self.pad_to_multiple_of) or 1
+        if self.max_length is None or length < -(-self.max_length // multiple) * multiple - 1:
+            padding = "" if multiple == 1 else f" padded to a multiple of {multiple} and"
             raise ValueError(
-                f"padded_length={length} is shorter than max_length={self.max_length} less one: sequences could "
-                "exceed it, so raise it or lower max_length."
+                f"padded_length={length} is shorter than max_length={self.max_length}{padding} less one: sequences "
+                "could exceed it, so raise it or lower max_length."
             )
 
 

@@ -1,7 +1,8 @@
 """Data of the unlearning trainers: refusals, tokenised rows, and the collator that stacks the groups of a batch.
 
 A prepared row holds `row` (its number in the user's dataset), `prompt_ids`, `forget_ids` and, for methods with
-refusals, `template_ids`: one list of tokens per variant. Which variant and which retain row it meets is a function of
+refusals, `template_ids`: one list of tokens per variant, after `prompt_ids` or, where tokens merge across the boundary,
+after a prompt of its own in `template_prompt_ids`. Which variant and which retain row it meets is a function of
 (seed, epoch, row) alone, so batches, workers and processes do not matter, and a resumed run sees what the first one
 would have seen.
 """
@@ -20,9 +21,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from trl import extract_prompt, is_conversational
+from transformers import ProcessorMixin
+from trl import is_conversational
 
 from hf_ext._compat import shared_prefix, tokenise_for_trl
+from hf_ext.trainers.flat.plans import RowPlan
 
 DEFAULT_TEMPLATES = (
     "I don't know the answer to that.",
@@ -90,126 +93,6 @@ def _json_answer(line: str, where: str) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """How the rows of one dataset become prompts and answers.
-
-    Attributes:
-        name: of the dataset, for messages.
-        column: the answer to forget (or to retain): "completion" or "rejected".
-        template_column: the refusal of preference data, "chosen", if the method uses refusals.
-        templates: refusals for prompt-completion data, if the method uses refusals.
-        variants: refusals per prompt.
-        seed: draws them.
-        eos: end token appended to plain text.
-    """
-
-    name: str
-    column: str
-    template_column: str | None = None
-    templates: tuple[str, ...] = ()
-    variants: int = 1
-    seed: int = 0
-    eos: str | None = None
-
-    def prompt_and_answers(self, example: dict[str, Any], row: int) -> tuple[Any, list[Any]]:
-        """(prompt, [answer, refusal, ...]); raises `ValueError` naming column and row of what cannot be used."""
-        if "prompt" not in example:
-            example = extract_prompt(example)
-        answer = example[self.column]
-        text = self._checked(answer, self.column, row)
-        if self.template_column is not None:
-            refusals: list[Any] = [example[self.template_column]]
-        else:
-            # A completion that brings its own space after the prompt gets a refusal that does so too.
-            space = text[: len(text) - len(text.lstrip())]
-            drawn = random.Random(f"{self.seed}:{row}").sample(self.templates, self.variants) if self.templates else []
-            refusals = [
-                space + sentence if isinstance(answer, str) else [{"role": "assistant", "content": sentence}]
-                for sentence in drawn
-            ]
-        for refusal in refusals:
-            column = self.template_column or "template_answers"
-            if self._checked(refusal, column, row).strip() == text.strip():
-                raise ValueError(
-                    f"{self.name}, row {row}: the refusal in {column} is the answer to forget in {self.column} "
-                    f"({text.strip()!r}), so the two terms cancel. Change one of them or drop the row."
-                )
-        answers = [answer, *refusals]
-        if self.eos is not None and isinstance(answer, str):
-            answers = [value if value.endswith(self.eos) else value + self.eos for value in answers]
-        return example["prompt"], answers
-
-    def _checked(self, answer: Any, column: str, row: int) -> str:
-        text = answer[-1]["content"] if isinstance(answer, list) and answer else answer
-        if isinstance(text, list):
-            text = "".join(part.get("text", "") for part in text)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{self.name}, row {row}: the column {column} holds {answer!r}, which is no answer: fill it or drop "
-                "the row."
-            )
-        return text
-
-
-def plan_rows(
-    dataset: Dataset, name: str, *, templates: Sequence[str] | None, variants: int, seed: int, eos: str | None
-) -> RowPlan:
-    """The plan for a forget dataset; `templates` is None for methods without refusals.
-
-    Raises:
-        TypeError: a stream, whose rows cannot be numbered.
-        ValueError: columns are missing, or there are fewer refusals than variants.
-    """
-    columns = _columns(dataset, name)
-    preference = "rejected" in columns
-    if not preference and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"{name} has the columns {columns}: it needs `prompt` and `completion` (the answer to forget), or "
-            "`prompt`, `chosen` (a refusal) and `rejected` (the answer to forget). Rename yours with "
-            "dataset.rename_columns(...)."
-        )
-    if preference and not {"prompt", "chosen"} & set(columns):
-        raise ValueError(f"{name} has the columns {columns}: `prompt` is missing, the question to each answer.")
-    column = "rejected" if preference else "completion"
-    if templates is None:
-        return RowPlan(name, column, eos=eos)
-    if preference:
-        if "chosen" not in columns:
-            raise ValueError(f"{name} has the columns {columns}: `chosen` is missing, the refusal to each prompt.")
-        return RowPlan(name, column, "chosen", eos=eos)
-    if variants > len(templates):
-        raise ValueError(
-            f"templates_per_example={variants} exceeds the {len(templates)} refusals of template_answers: lower it or "
-            "add some."
-        )
-    return RowPlan(name, column, None, tuple(templates), variants, seed, eos)
-
-
-def plan_retain_rows(dataset: Dataset, eos: str | None) -> RowPlan:
-    """The plan for a retain dataset, of prompts and completions."""
-    columns = _columns(dataset, "retain_dataset")
-    if {"image", "images"} & set(columns):
-        raise ValueError("retain_dataset has images, which are not supported there: give a text dataset, or none.")
-    if not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"retain_dataset has the columns {columns}: it needs `prompt` and `completion` (the answer to keep). "
-            "Rename yours with dataset.rename_columns(...)."
-        )
-    return RowPlan("retain_dataset", "completion", eos=eos)
-
-
-def _columns(dataset: Any, name: str) -> list[str]:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name} is a {type(dataset).__name__}: rows are drawn by their number, so give a datasets.Dataset, e.g. "
-            "Dataset.from_list(list(stream))."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} has no rows.")
-    return dataset.column_names
-
-
 def _tokenised(example: dict[str, Any], row: int, plan: RowPlan, processing_class: Any) -> dict[str, Any]:
     prompt, answers = plan.prompt_and_answers(example, row)
     tools = example.get("tools")
@@ -223,19 +106,56 @@ def _tokenised(example: dict[str, Any], row: int, plan: RowPlan, processing_clas
     else:
         prompt_ids = tokenise_for_trl(processing_class, prompt)
         full_ids = [tokenise_for_trl(processing_class, prompt + answer) for answer in answers]
-    # As in TRL: tokens may merge across the boundary, and the prompt ends where all sequences still agree with it.
-    start = min(shared_prefix(prompt_ids, ids) for ids in full_ids)
-    answer_ids = [ids[start:] for ids in full_ids]
-    if not all(answer_ids):
+    # As in TRL: tokens may merge across the boundary, and the prompt ends where the sequence still agrees with it.
+    starts = [shared_prefix(prompt_ids, ids) for ids in full_ids]
+    if plan.template_column is not None:
+        starts = [min(starts)] * len(starts)
+    prompts = [prompt_ids[:start] for start in starts]
+    answer_ids = [ids[start:] for ids, start in zip(full_ids, starts, strict=True)]
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    _check_tokens(prompt_ids, prompts, answer_ids, row, plan, tokenizer)
+    return {
+        "row": row,
+        "prompt_ids": prompts[0],
+        "forget_ids": answer_ids[0],
+        "template_ids": answer_ids[1:],
+        "template_prompt_ids": prompts[1:],
+        "lost": tokenizer.decode(prompt_ids[min(starts) :]),
+    }
+
+
+def _check_tokens(
+    prompt_ids: list[int], prompts: list[list[int]], answers: list[list[int]], row: int, plan: RowPlan, tokenizer: Any
+) -> None:
+    special = set(tokenizer.all_special_ids)
+    if set(prompt_ids) - special and not all(set(prompt) - special for prompt in prompts):
+        raise ValueError(
+            f"{plan.name}, row {row}: nothing is left of the prompt, because its tokens merge with those of an answer: "
+            f"end the prompt where a token ends, e.g. put the space at the start of {plan.column}, or drop the row."
+        )
+    if not all(set(answer) - {tokenizer.eos_token_id} for answer in answers):
         raise ValueError(
             f"{plan.name}, row {row}: an answer has no tokens of its own; check {plan.column} and the tokenizer."
         )
-    return {
-        "row": row,
-        "prompt_ids": prompt_ids[:start],
-        "forget_ids": answer_ids[0],
-        "template_ids": answer_ids[1:],
-    }
+    if any(
+        prompt + answer == prompts[0] + answers[0] for prompt, answer in zip(prompts[1:], answers[1:], strict=True)
+    ):
+        raise plan.cancelling(row, tokenizer.decode(answers[0]))
+
+
+def _without_notes(dataset: Dataset, name: str) -> Dataset:
+    """Drop what `_tokenised` noted of shortened prompts; warn of them."""
+    lost = [(row, text) for row, text in enumerate(dataset["lost"]) if text]
+    if not lost:
+        return dataset.remove_columns(["lost", "template_prompt_ids"])
+    row, text = lost[0]
+    warnings.warn(
+        f"{name}: in {len(lost)} of {len(dataset)} rows the end of the prompt counts as part of the answer, e.g. "
+        f"{text!r} in row {row}: its tokens merge with those of the answer, or the chat template renders it differently "
+        "without one. End the prompt where a token ends, e.g. put the space at the start of the completion.",
+        stacklevel=3,
+    )
+    return dataset.remove_columns("lost")
 
 
 def prepare_rows(dataset: Dataset, plan: RowPlan, processing_class: Any, args: Any, resampled: bool) -> Dataset:
@@ -260,25 +180,23 @@ def prepare_rows(dataset: Dataset, plan: RowPlan, processing_class: Any, args: A
             num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {plan.name}",
         )
-    prepared = prepared.add_column("resampled", [resampled] * len(prepared))
+    prepared = _without_notes(prepared, plan.name).add_column("resampled", [resampled] * len(prepared))
     if args.max_length is None:
         return prepared
     return _with_room(prepared, plan.name, args.max_length, args.truncation_mode)
 
 
 def _with_room(dataset: Dataset, name: str, max_length: int, truncation_mode: str) -> Dataset:
-    prompts = [len(ids) for ids in dataset["prompt_ids"]]
-    answers = [
-        max(map(len, [forget, *templates]))
-        for forget, templates in zip(dataset["forget_ids"], dataset["template_ids"], strict=True)
-    ]
+    pairs = [sequences(row) for row in dataset]
+    prompts = [max(len(prompt) for prompt, _ in row) for row in pairs]
+    lengths = [max(len(prompt) + len(answer) for prompt, answer in row) for row in pairs]
     kept = [i for i, length in enumerate(prompts) if length < max_length or truncation_mode == "keep_end"]
     dropped = len(prompts) - len(kept)
-    cut = sum(prompts[i] + answers[i] > max_length for i in kept)
+    cut = sum(lengths[i] > max_length for i in kept)
     if not kept:
         raise ValueError(
             f"{name}: every prompt fills max_length={max_length} tokens, so no answer is left: raise max_length (the "
-            f"longest row has {max(map(sum, zip(prompts, answers, strict=True)))} tokens) or shorten the prompts."
+            f"longest row has {max(lengths)} tokens) or shorten the prompts."
         )
     if dropped or cut:
         warnings.warn(
@@ -287,6 +205,12 @@ def _with_room(dataset: Dataset, name: str, max_length: int, truncation_mode: st
             stacklevel=2,
         )
     return dataset.select(kept) if dropped else dataset
+
+
+def sequences(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of a prepared row's answer to forget and of each of its refusals."""
+    prompts = row.get("template_prompt_ids") or [row["prompt_ids"]] * len(row["template_ids"])
+    return list(zip([row["prompt_ids"], *prompts], [row["forget_ids"], *row["template_ids"]], strict=True))
 
 
 def stack_sequences(
@@ -370,12 +294,11 @@ class UnlearnCollator:
         for group in self.groups:
             for example in examples:
                 if group == "template":
-                    pairs.append((example["prompt_ids"], example["template_ids"][self.variant(example)]))
+                    pairs.append(sequences(example)[1 + self.variant(example)])
                 elif group == "forget":
-                    pairs.append((example["prompt_ids"], example["forget_ids"]))
+                    pairs.append(sequences(example)[0])
                 else:
-                    row = self.retain_row(example)
-                    pairs.append((row["prompt_ids"], row["forget_ids"]))
+                    pairs.append(sequences(self.retain_row(example))[0])
         batch = stack_sequences(
             pairs, self.pad_token_id, self.max_length, self.truncation_mode, self.pad_to_multiple_of
         )

@@ -2,10 +2,10 @@
 
 A batch is one forward over the groups `[template][forget][retain]`, as far as the method and the user ask for them,
 each with one row per example. Every term is a mean over examples, so that accumulated micro-batches and parallel
-processes of equal size add up exactly; where a method is defined on tokens, an example counts the mean over its own.
-The code in circulation divides those sums by the tokens of the whole batch, which weights long answers more; both
-agree on answers of one length, and the functions of `baselines.py` keep that form for comparisons. The one exception
-is FLAT's `padded_length`, which reproduces a loss of the whole batch.
+processes, weighed by their rows, add up exactly; where a method is defined on tokens, an example counts the mean over
+its own. The code in circulation divides those sums by the tokens of the whole batch, which weights long answers more;
+both agree on answers of one length, and the functions of `baselines.py` keep that form for comparisons. The one
+exception is FLAT's `padded_length`, which reproduces a loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from hf_ext.registry import FLAT
@@ -240,19 +239,3 @@ METHODS: dict[str, Method] = {
 
 # (forget_coef, retain_coef) of a run with a retain dataset. FLAT's paper has no retain term; its 1.0 is ours.
 COEFFICIENTS: dict[str, tuple[float, float]] = {"flat": (1.0, 1.0), **baselines.DEFAULT_COEFFICIENTS}
-
-
-def mean_probability(rows: Rows, kind: str = "mean") -> Tensor:
-    """Probability of each answer, `(B,)`, without gradient; for the log."""
-    return answer_probability(rows.log_probs.detach(), rows.mask, kind)
-
-
-def first_probability(rows: Rows) -> Tensor:
-    """Probability of the first answer token of each row, `(B,)`, without gradient; for the log."""
-    first = rows.mask & (rows.mask.cumsum(-1) == 1)
-    return rows.log_probs.detach().masked_fill(~first, 0).sum(-1).exp()
-
-
-def top1_share(rows: Rows) -> Tensor:
-    """Share of each row's answer tokens that greedy decoding would choose, `(B,)`; for the log."""
-    return (rows.is_top1 & rows.mask).sum(-1, dtype=torch.float32) / answer_lengths(rows.mask)

@@ -97,14 +97,15 @@ def recorded(base: PreTrainedModel, hidden: bool = False, layer: int | None = No
 
 
 # These initialisations move a part of the base weights into the adapter, which is not undone by switching it off.
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter_leaves_the_base(config: PeftConfig | None) -> None:
     """Raises `ValueError` if switching the adapter off would not give the model before unlearning."""
     if not isinstance(config, LoraConfig) or not isinstance(config.init_lora_weights, str):
         return
-    if config.init_lora_weights.startswith(_CHANGES_THE_BASE):
+    # PEFT takes some of the names in any case.
+    if config.init_lora_weights.lower().startswith(_CHANGES_THE_BASE):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so they are no reference: pass "
             "a ref_model, or use another initialisation."

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from hf_ext.trainers.flat.config import UnlearnConfig
-from hf_ext.trainers.flat.data import stack_sequences
+from hf_ext.trainers.flat.data import sequences, stack_sequences
 from hf_ext.trainers.flat.distributions import Head
 from hf_ext.trainers.flat.methods import Method
 from hf_ext.trainers.flat.reading import NoReference, head_of, recorded
@@ -82,6 +82,11 @@ class ReferenceTrainer(DPOTrainer):
             self._complete_eval_dataset()
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def _owns(self, dataset: Dataset) -> bool:
+        """Whether sums that this dataset brings are those of this trainer's reference."""
+        evaluation = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return any(dataset is own for own in (self.train_dataset, *evaluation))
+
     def _complete_eval_dataset(self) -> None:
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._with_reference_sums(data) for name, data in self.eval_dataset.items()}
@@ -98,10 +103,10 @@ class ReferenceTrainer(DPOTrainer):
                 f"{self.args.loss_type}: the model before unlearning is gone, so this dataset has no reference. Give "
                 "it as eval_dataset to the trainer, or pass a ref_model."
             )
-        rows = [(row["prompt_ids"], [row["forget_ids"], *row["template_ids"]]) for row in dataset]
-        pairs = [(prompt, answer) for prompt, answers in rows for answer in answers]
-        sums = iter(self._sums(pairs, adapter_off=trained and self.ref_model is None))
-        by_row = [[next(sums) for _ in answers] for _, answers in rows]
+        rows = [sequences(row) for row in dataset]
+        pairs = [pair for row in rows for pair in row]
+        sums = iter(self._sums(pairs, adapter_off=self._adapter_is_fresh and self.ref_model is None))
+        by_row = [[next(sums) for _ in row] for row in rows]
         dataset = dataset.add_column("ref_forget_logps", [values[0] for values in by_row])
         if not self.method.template:
             return dataset
@@ -151,7 +156,11 @@ class ReferenceTrainer(DPOTrainer):
             parts = {
                 group: slice(parts[group].start - wanted.start, parts[group].stop - wanted.start) for group in groups
             }
+        # The policy may be in training mode, where some attentions drop out although TRL disables the dropout modules.
+        was_training = model.training
+        model.eval()
         with off, self.accelerator.autocast(), self._recorded(base) as seen:
             base.base_model(**inputs)
             head = head_of(base)
+        model.train(was_training)
         return {name: {group: value[parts[group]] for group in groups} for name, value in seen.items()}, head

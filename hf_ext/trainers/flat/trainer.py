@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ext.trainers.flat.baselines import control_vector
 from hf_ext.trainers.flat.config import FlatConfig, UnlearnConfig
-from hf_ext.trainers.flat.data import (
-    UnlearnCollator,
-    load_templates,
-    plan_retain_rows,
-    plan_rows,
-    prepare_rows,
-)
-from hf_ext.trainers.flat.divergences import flat_weights
-from hf_ext.trainers.flat.methods import Batch, Rows, first_probability, mean_probability, retain_term, top1_share
+from hf_ext.trainers.flat.data import UnlearnCollator, load_templates, prepare_rows
+from hf_ext.trainers.flat.measures import measures
+from hf_ext.trainers.flat.merging import check_mergeable, merged_copy, write_checkpoint
+from hf_ext.trainers.flat.methods import Batch, Rows, retain_term
+from hf_ext.trainers.flat.plans import plan_retain_rows, plan_rows
 from hf_ext.trainers.flat.reading import NoReference, check_adapter_leaves_the_base, freeze_above, head_of
 from hf_ext.trainers.flat.references import ReferenceTrainer
 from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_templates
@@ -50,8 +47,14 @@ class UnlearnTrainer(ReferenceTrainer):
     the weights a second time.
 
     The log holds the loss and its parts (`loss/forget`, `loss/retain`), `probability/forget`, the share of forget
-    tokens that greedy decoding still chooses (`forget/top1`), with refusals `probability/template` and that of their
-    first token `probability/template_first`, and for FLAT the two weights `weight/lambda_e` and `weight/lambda_f`.
+    tokens that greedy decoding still chooses (`forget/top1`), with retain data the same of theirs (`retain/top1`, which
+    falls when other answers suffer), with refusals `probability/template` and that of their first token
+    `probability/template_first`, for FLAT the two weights `weight/lambda_e` and `weight/lambda_f`, and for a mixture of
+    experts `aux_loss`.
+
+    An optimizer step is the mean over its rows however they are split into micro-batches and processes, a smaller last
+    one included, except for `padded_length` and the load balancing of experts, which are taken per micro-batch. Where
+    several processes do not divide the dataset, accelerate repeats some rows at its end, and these count twice.
 
     Args:
         model: as for `DPOTrainer`: a name, a model or a PEFT model, which keeps exactly its adapters. An adapter can
@@ -127,7 +130,7 @@ class UnlearnTrainer(ReferenceTrainer):
                 "saves its memory."
             )
         self._adapter_is_fresh = peft_config is not None
-        if self._reads_reference and ref_model is None:
+        if (self._reads_reference or self.method.reference) and ref_model is None:
             check_adapter_leaves_the_base(peft_config)
 
         self._templates = load_templates(args.template_answers) if self.method.template else None
@@ -135,7 +138,6 @@ class UnlearnTrainer(ReferenceTrainer):
         vision = isinstance(train_dataset, Dataset) and bool({"image", "images"} & set(train_dataset.column_names))
         if vision:
             check_options(args, retain_dataset is not None)
-            train_dataset, eval_dataset = self._vision_data(args, train_dataset, eval_dataset)
         self._groups: tuple[str, ...] = ("template", "forget") if self.method.template else ("forget",)
         if self._retain_weight:
             self._groups += ("retain",)
@@ -165,6 +167,8 @@ class UnlearnTrainer(ReferenceTrainer):
             self.ref_model.requires_grad_(False).eval()
         self._references_are_due = self.method.reference == "sums"
         self._refuse_sharding()
+        if self._is_vision_dataset:
+            self._prepare_vision_data()
         if data_collator is None and not vision:
             self._install_collator(retain_dataset)
         elif data_collator is None and not self.method.template:
@@ -177,17 +181,19 @@ class UnlearnTrainer(ReferenceTrainer):
 
     # -- construction ------------------------------------------------------------------------------------------------
 
-    def _vision_data(self, args: UnlearnConfig, train: Dataset, evaluation: Any) -> Any:
-        def converted(dataset: Dataset, name: str) -> Dataset:
-            return with_templates(dataset, self._plan(dataset, name, args, None))
+    def _prepare_vision_data(self) -> None:
+        """Bring the datasets into the form that TRL's collator reads; TRL itself leaves those with images alone."""
 
-        if isinstance(evaluation, dict):
-            evaluation = {key: converted(value, f"eval_dataset[{key!r}]") for key, value in evaluation.items()}
-        elif evaluation is not None:
-            evaluation = converted(evaluation, "eval_dataset")
-        return converted(train, "train_dataset"), evaluation
+        def prepared(dataset: Dataset, name: str) -> Dataset:
+            return self._prepare_dataset(dataset, self.processing_class, self.args, name)
 
-    def _plan(self, dataset: Any, name: str, args: UnlearnConfig, eos: str | None) -> Any:
+        self.train_dataset = prepared(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: prepared(dataset, name) for name, dataset in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = prepared(self.eval_dataset, "eval")
+
+    def _plan(self, dataset: Any, name: str, args: UnlearnConfig) -> Any:
         own = name == "train_dataset"
         plan = plan_rows(
             dataset,
@@ -195,7 +201,7 @@ class UnlearnTrainer(ReferenceTrainer):
             templates=self._templates,
             variants=args.templates_per_example if own else 1,
             seed=args.seed,
-            eos=eos,
+            eos=self._end_token(),
         )
         if own and plan.template_column and (args.template_answers is not None or args.templates_per_example > 1):
             raise ValueError(
@@ -207,11 +213,17 @@ class UnlearnTrainer(ReferenceTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         own = dataset is self._train_rows
         self._train_rows = None
-        name = {"train": "train_dataset", "eval": "eval_dataset"}.get(dataset_name, f"eval_dataset[{dataset_name!r}]")
-        name = "train_dataset" if own else name.replace("train_dataset", "eval_dataset['train']")
+        name = {"eval": "eval_dataset", "test": "test_dataset"}.get(dataset_name, f"eval_dataset[{dataset_name!r}]")
+        name = "train_dataset" if own else name
+        if self._is_vision_dataset:
+            return with_templates(dataset, self._plan(dataset, name, args))
         if not (isinstance(dataset, Dataset) and "forget_ids" in dataset.column_names):
-            plan = self._plan(dataset, name, args, self._end_token())
+            plan = self._plan(dataset, name, args)
             dataset = prepare_rows(dataset, plan, processing_class, args, resampled=own)
+        elif not (self._references_are_due and self._owns(dataset)):
+            # Prepared by another trainer, whose reference is another model.
+            stale = {"ref_forget_logps", "ref_template_logps"} & set(dataset.column_names)
+            dataset = dataset.remove_columns(sorted(stale))
         return self._with_reference_sums(dataset) if self._references_are_due else dataset
 
     def _end_token(self) -> str:
@@ -244,6 +256,7 @@ class UnlearnTrainer(ReferenceTrainer):
             "prompt_ids",
             "forget_ids",
             "template_ids",
+            "template_prompt_ids",
             "ref_forget_logps",
             "ref_template_logps",
         )
@@ -267,10 +280,33 @@ class UnlearnTrainer(ReferenceTrainer):
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self._is_vision_dataset and isinstance(eval_dataset, Dataset):
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+        return super().predict(test_dataset, *args, **kwargs)
+
     # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step and the mean number of their rows, over processes too."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = sum(len(batch["completion_mask"]) for batch in batches) / max(len(batches), 1)
+        return batches, self.accelerator.reduce(torch.tensor(rows, device=device), "mean").item()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a micro-batch; in training it is weighed by its rows, as `Trainer` averages over micro-batches."""
+        weight = 1.0 if num_items_in_batch is None else len(inputs["completion_mask"]) / num_items_in_batch
+        return super().compute_loss(model, {**inputs, "weight": weight}, return_outputs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         inputs = dict(inputs)
+        weight = inputs.pop("weight")
         sums = {group: inputs.pop(f"ref_{group}_logps", None) for group in ("forget", "template")}
         answer = inputs.pop("completion_mask").bool()
         inputs["use_cache"] = False
@@ -289,11 +325,12 @@ class UnlearnTrainer(ReferenceTrainer):
             loss = loss + self._retain_weight * retain
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-        self._record(batch, loss, forget, retain)
+        parts = {"loss/forget": forget, "loss/retain": retain, "aux_loss": outputs.aux_loss if routed else None}
+        self._record(batch, loss, {name: value for name, value in parts.items() if value is not None}, weight)
         if not return_outputs:
-            return loss
+            return weight * loss
         with torch.no_grad():
-            return loss, model(**inputs)
+            return weight * loss, model(**inputs)
 
     def _batch(
         self, inputs: dict[str, Any], answer: Tensor, outputs: Any, seen: dict[str, Tensor], sums: dict[str, Any]
@@ -325,34 +362,25 @@ class UnlearnTrainer(ReferenceTrainer):
             None if self._control is None else self._control.to(answer.device),
         )
 
-    def _record(self, batch: Batch, loss: Tensor, forget: Tensor, retain: Tensor | None) -> None:
+    def _record(self, batch: Batch, loss: Tensor, parts: dict[str, Tensor], weight: float) -> None:
         """Log one mean over all processes of each metric; stop all of them if the loss is not a number."""
-        config, rows = self.args, batch.forget
-        p_forget = mean_probability(rows, config.forget_probability)
-        columns = {"probability/forget": p_forget, "forget/top1": top1_share(rows), "loss/forget": forget}
-        if batch.template is not None:
-            p_template = mean_probability(batch.template, config.template_probability)
-            columns |= {
-                "probability/template": p_template,
-                "probability/template_first": first_probability(batch.template),
-            }
-            if config.loss_type == "flat":
-                lambda_e, lambda_f = flat_weights(p_template, p_forget, config.divergence)
-                columns |= {"weight/lambda_e": lambda_e, "weight/lambda_f": lambda_f}
-        if retain is not None:
-            columns["loss/retain"] = retain
-        columns["loss"] = loss
-        table = torch.stack([value.detach().float().expand(len(p_forget)) for value in columns.values()], -1)
-        means = dict(zip(columns, self.accelerator.gather_for_metrics(table).mean(0).tolist(), strict=True))
+        columns = {**measures(batch, self.args), **parts, "loss": loss}
+        rows = len(batch.forget.tokens)
+        table = torch.stack([value.detach().float().expand(rows) for value in columns.values()], -1)
+        training = self.model.training
+        # Rows repeated to fill the last batch count in training, as they do in the loss. All batches of a step are
+        # fetched before the first is used, so accelerate would take earlier ones for the last and cut them.
+        gather = self.accelerator.gather if training else self.accelerator.gather_for_metrics
+        means = dict(zip(columns, gather(table).mean(0).tolist(), strict=True))
         total = means.pop("loss")
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"optimizer step {self.state.global_step}: the loss is {total}. Lower the learning rate, or choose a "
                 "bounded loss such as flat or npo."
             )
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if training else "eval"]
         for name, value in means.items():
-            metrics[name].append(value)
+            metrics[name].append(weight * value)
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -360,29 +388,20 @@ class UnlearnTrainer(ReferenceTrainer):
         """Write a plain checkpoint with the adapter merged into the weights, and the tokenizer.
 
         The merge happens in a copy, so the trainer's model stays as it is; the weights are in memory twice meanwhile.
-        Without an adapter this is `save_model`.
+        Without an adapter this is `save_model`. An output layer tied to embeddings that the adapter changed is written
+        as one of its own. Interrupted, it leaves a folder that does not load.
 
         Raises:
-            ValueError: the base is quantised, or the adapter is a prompt.
+            ValueError: the folder holds an adapter, the base is quantised, the adapter is a prompt or was added with
+                `add_adapter`, or the weights are sharded.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model, folder = self.accelerator.unwrap_model(self.model), Path(path)
+        check_mergeable(model, folder, sharded=self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         if not isinstance(model, PeftModel):
             self.save_model(path)
             return
-        if base_of(model).config.to_dict().get("quantization_config"):
-            raise ValueError(
-                "the base is quantised: merging would round the small update of the adapter to its grid, which can "
-                "bring the forgotten answers back. Save the adapter, load the base in bfloat16, attach it with "
-                "PeftModel.from_pretrained and call merge_and_unload()."
-            )
-        if isinstance(model.active_peft_config, PromptLearningConfig):
-            raise ValueError(
-                "prompt learning adds no weights that could be merged: publish the adapter with save_model."
-            )
         if self.is_world_process_zero():
-            merged = copy.deepcopy(model).merge_and_unload()
-            merged.save_pretrained(path)
-            self.processing_class.save_pretrained(path)
+            write_checkpoint(merged_copy(model), self.processing_class, folder)
         self.accelerator.wait_for_everyone()
 
 

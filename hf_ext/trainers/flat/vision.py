@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_ext.trainers.flat.config import UnlearnConfig
-from hf_ext.trainers.flat.data import RowPlan
+from hf_ext.trainers.flat.plans import RowPlan
 
 
 def check_options(args: UnlearnConfig, with_retain: bool) -> None:
@@ -30,14 +30,15 @@ def check_options(args: UnlearnConfig, with_retain: bool) -> None:
 
 def with_templates(dataset: Dataset, plan: RowPlan) -> Dataset:
     """Preference form, `chosen` and `rejected`, of a vision dataset, which TRL's collator tokenises itself."""
-    columns: dict[str, list] = {"chosen": [], "rejected": []}
+    columns: dict[str, list] = {"prompt": [], "chosen": [], "rejected": []}
     text = dataset.remove_columns([name for name in dataset.column_names if name in ("image", "images")])
     for row, example in enumerate(text):
-        _, answers = plan.prompt_and_answers(example, row)
+        prompt, answers = plan.prompt_and_answers(example, row)
+        columns["prompt"].append(prompt)
         columns["rejected"].append(answers[0])
         # TRL's collator wants both halves; `ForgetHalf` drops this one for a method without refusals.
         columns["chosen"].append(answers[-1])
-    dataset = dataset.remove_columns([name for name in ("chosen", "rejected") if name in dataset.column_names])
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
     for name, values in columns.items():
         dataset = dataset.add_column(name, values)
     return dataset

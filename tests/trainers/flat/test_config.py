@@ -109,6 +109,10 @@ def test_inherited_fields_without_effect_are_rejected(tmp_path, name):
         ({"template_answers": []}, "template_answers is empty"),
         ({"retain_loss": "mse"}, "retain_loss='mse' is unknown: choose one of nll, kl"),
         ({"padded_length": 100}, "padded_length=100 is shorter than max_length=1024 less one"),
+        (
+            {"padded_length": 20, "max_length": 21, "pad_to_multiple_of": 32},
+            "padded_length=20 is shorter than max_length=21 padded to a multiple of 32 and less one",
+        ),
         ({"padded_length": 100, "max_length": None}, "padded_length=100 is shorter than max_length=None"),
         ({"padded_length": 2000, "template_probability": "geometric"}, "padded_length=2000 .*excludes the geometric"),
         ({"loss_type": "npo", "loss_kwargs": {"beta": 0}}, r"loss_kwargs\['beta'\]=0: npo needs a number > 0"),
@@ -119,6 +123,14 @@ def test_inherited_fields_without_effect_are_rejected(tmp_path, name):
         ({"loss_type": "rmu", "loss_kwargs": {"layer": 1.5}}, "rmu needs an integer >= 0"),
         ({"loss_type": "ceu", "loss_kwargs": {"ignore_first": True}}, "ceu needs an integer >= 0"),
         ({"loss_type": "rmu", "retain_loss": "kl"}, "retain_loss has no effect on rmu"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0: give a number > 0"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "='group_by_length' sorts by .*: choose random or sequential",
+        ),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance'"),
+        ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size=4 has no effect on flat, which computes no"),
+        ({"loss_type": "undial", "precompute_ref_batch_size": 4}, "has no effect on undial"),
         ({"loss_type": "npo", "divergence": "tv"}, "divergence='tv' belongs to flat and has no effect on npo"),
         ({"loss_type": "npo", "templates_per_example": 2}, "has no effect on npo, which uses no refusals"),
     ],
@@ -142,5 +154,9 @@ def test_flat_config_is_flat(tmp_path):
 def test_remedies_work(tmp_path):
     make_args(tmp_path, padded_length=1023)
     make_args(tmp_path, padded_length=20, max_length=21)
+    make_args(tmp_path, padded_length=31, max_length=21, pad_to_multiple_of=32)
+    make_args(tmp_path, loss_type="npo", precompute_ref_batch_size=4)
+    make_args(tmp_path, train_sampling_strategy="sequential")
+    assert "less one" in UnlearnConfig.__dataclass_fields__["padded_length"].metadata["help"]
     make_args(tmp_path, loss_type="wga", loss_kwargs={"beta": 0})
     make_args(tmp_path, loss_type="ceu", loss_kwargs='{"ignore_first": 0}')

@@ -51,20 +51,6 @@ def test_adapters_save_load_and_merge(tmp_path, config):
     trainer.train()
 
 
-def test_merging_without_an_adapter_and_with_a_prompt(tmp_path):
-    trainer = trained(tmp_path)
-    trainer.save_merged(str(tmp_path / "whole"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
-    assert largest_difference(weights(loaded), weights(trainer.model)) == 0
-    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    tuned = make_trainer(tmp_path, peft_config=prompt)
-    before = weights(tuned.model)
-    tuned.train()
-    assert largest_difference(weights(tuned.model), before) > 0
-    with pytest.raises(ValueError, match="prompt learning adds no weights"):
-        tuned.save_merged(str(tmp_path / "prompt"))
-
-
 @pytest.mark.parametrize("name", ["undial", "rmu"])
 def test_prompt_learning_with_hidden_states(tmp_path, name):
     prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")

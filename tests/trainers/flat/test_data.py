@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext.trainers.flat import UnlearnTrainer
-from hf_ext.trainers.flat.data import DEFAULT_TEMPLATES, UnlearnCollator, load_templates, stack_sequences
+from hf_ext.trainers.flat.data import DEFAULT_TEMPLATES, UnlearnCollator, load_templates, sequences, stack_sequences
 from tests.conftest import make_tiny_llama
 from tests.trainers.flat.helpers import REFUSALS, make_args, make_forget, make_preference, make_retain, make_trainer
 from tests.trainers.helpers import make_tokenizer
@@ -159,6 +162,106 @@ def test_bad_rows_are_named(tmp_path, rows, message):
     templates = None if "chosen" in rows[0] and "rejected" in rows[0] else ["w83 w84"]
     with pytest.raises(ValueError, match=message):
         rows_of(tmp_path, Dataset.from_list(rows), {"template_answers": templates})
+
+
+MESSAGES = [{"role": "assistant", "content": "w2"}]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"prompt": None, "completion": "w2"},
+            "row 0: the column prompt holds None, which is no prompt: give text or",
+        ),
+        ({"prompt": [], "completion": MESSAGES}, r"row 0: the column prompt holds \[\]"),
+        ({"prompt": 3, "completion": "w2"}, "row 0: the column prompt holds 3"),
+        (
+            {"prompt": "w1 ", "completion": MESSAGES},
+            "row 0: of prompt and completion one is text and the other messages",
+        ),
+        ({"prompt": "w1 ", "rejected": "w5", "chosen": MESSAGES}, "row 0: of prompt and chosen one is text"),
+        ({"chosen": None, "rejected": "w1 w2"}, "row 0: the column chosen holds None"),
+        # Different strings of the same tokens.
+        ({"prompt": "w1 ", "chosen": "w2 </s>", "rejected": "w2"}, r"row 0: .*chosen is the answer to forget"),
+        (
+            {"prompt": "w1 ", "chosen": "w80", "rejected": "</s>"},
+            "row 0: an answer has no tokens of its own; check reject",
+        ),
+        ({"prompt": "w1 ", "chosen": "</s> </s>", "rejected": "w2"}, "row 0: an answer has no tokens of its own"),
+    ],
+)
+def test_bad_prompts_and_tokens_are_named(tmp_path, row, message):
+    templates = None if "chosen" in row else ["w83 w84"]
+    with pytest.raises(ValueError, match=message):
+        rows_of(tmp_path, Dataset.from_list([row]), {"template_answers": templates})
+
+
+def merging_tokenizer(**merges) -> PreTrainedTokenizerFast:
+    """One token per character, and one for each given pair."""
+    characters = "QAabcd: "
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *characters, *merges.values()])}
+    pairs = [(value[0], value[1]) for value in merges.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab, pairs)), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def merged_rows(folder, tokenizer, rows, **overrides) -> list[dict]:
+    args = make_args(folder, **overrides)
+    data = Dataset.from_list(rows)
+    trainer = UnlearnTrainer(make_tiny_llama(), args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    return list(trainer.train_dataset)
+
+
+def halves(tokenizer, *pairs) -> set[str]:
+    """prompt|answer of each pair."""
+    return {"|".join(tokenizer.decode(ids).replace(" ", "") for ids in pair) for pair in pairs}
+
+
+def test_tokens_that_merge_with_the_prompt_are_told(tmp_path):
+    tokenizer = merging_tokenizer(colon=":a")
+    rows = [{"prompt": "Q:", "completion": "ab"}, {"prompt": "Q:", "completion": "bb"}]
+    with pytest.warns(
+        UserWarning, match=r"in 1 of 2 rows the end of the prompt .*, e\.g\. ':' in row 0: .*put the space"
+    ):
+        first, second = merged_rows(tmp_path, tokenizer, rows, loss_type="wga")
+    assert halves(tokenizer, *sequences(first)) == {"Q|:ab</s>"}
+    assert halves(tokenizer, *sequences(second)) == {"Q:|bb</s>"}
+
+
+def test_a_refusal_that_merges_shortens_no_other_prompt(tmp_path):
+    tokenizer = merging_tokenizer(colon=":a")
+    options = {"template_answers": ["ab", "cd"], "templates_per_example": 2, "loss_type": "idk_dpo"}
+    with pytest.warns(UserWarning, match="in 1 of 1 rows the end of the prompt"):
+        (row,) = merged_rows(tmp_path, tokenizer, [{"prompt": "Q:", "completion": "bb"}], **options)
+    assert halves(tokenizer, *sequences(row)) == {"Q:|bb</s>", "Q|:ab</s>", "Q:|cd</s>"}
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_a_prompt_that_merges_entirely_is_refused(tmp_path, start):
+    tokenizer = merging_tokenizer(colon=":a")
+    rows = [{"prompt": start + ":", "completion": "ab"}]
+    with pytest.raises(
+        ValueError, match=r"train_dataset, row 0: nothing is left of the prompt, .*e\.g\. put the space"
+    ):
+        merged_rows(tmp_path, tokenizer, rows, loss_type="wga")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged_rows(tmp_path, tokenizer, [{"prompt": start + ":", "completion": " ab"}], loss_type="wga")
+    assert not [warning for warning in caught if "the end of the prompt" in str(warning.message)]
+
+
+def test_the_end_of_long_rows_can_be_kept(tmp_path):
+    data = Dataset.from_list([{"prompt": "w1 w2 w3 w4 w5 ", "completion": "w6 w7"}])
+    overrides = {"loss_type": "npo", "max_length": 5, "truncation_mode": "keep_end", "max_steps": 1}
+    with pytest.warns(UserWarning, match="0 of 1 rows were dropped .* and 1 were truncated"):
+        trainer = make_trainer(tmp_path, data=data, overrides=overrides)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert words(batch["input_ids"][0]) == "w4 w5 w6 w7 </s>"
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 1]]
+    trainer.train()
 
 
 def test_bad_datasets(tmp_path):

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, LoraGAConfig, PromptTuningConfig
 from transformers import LlamaForCausalLM
 from trl import DPOConfig
 
 from hf_ext.trainers.flat import FlatTrainer, UnlearnTrainer
+from hf_ext.trainers.flat.reading import check_adapter_leaves_the_base
 from tests.conftest import make_tiny_llama
 from tests.trainers.flat.helpers import (
     batch_of,
@@ -94,6 +96,81 @@ def test_evaluation_sets_need_a_reference_too(tmp_path):
     assert again.evaluate()["eval_loss"] == pytest.approx(kept, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "peft_config",
+    [lora(init_lora_weights=False), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")],
+    ids=["random start", "prompt"],
+)
+def test_sums_are_those_of_the_model_without_the_fresh_adapter(tmp_path, peft_config):
+    plain = make_trainer(tmp_path, overrides={"loss_type": "idk_dpo"})
+    tuned = make_trainer(tmp_path, overrides={"loss_type": "idk_dpo", "max_steps": 1}, peft_config=peft_config)
+    batch_of(plain)
+    tuned.train()
+    later = tuned._with_reference_sums(tuned.train_dataset.remove_columns(["ref_forget_logps", "ref_template_logps"]))
+    for data in (tuned.train_dataset, later):
+        for name in ("ref_forget_logps", "ref_template_logps"):
+            found, truth = torch.tensor(list(data[name])), torch.tensor(list(plain.train_dataset[name]))
+            torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_are_cut_where_training_cuts_and_nothing_drops_out(tmp_path):
+    overrides = {"loss_type": "npo", "max_length": 4, "precompute_ref_batch_size": 3}
+    model = make_tiny_llama()
+    drop_out(model)
+    with pytest.warns(UserWarning, match="were truncated"):
+        trainer = make_trainer(tmp_path, model, overrides=overrides)
+    model.train()
+    stored = trainer._with_reference_sums(trainer.train_dataset)
+    assert model.training
+    fresh = make_tiny_llama()
+    for row in stored:
+        ids = torch.tensor([row["prompt_ids"] + row["forget_ids"]])[:, :4]
+        log_p = fresh(ids).logits[0, :-1].log_softmax(-1)
+        truth = sum(log_p[t - 1, ids[0, t]].item() for t in range(len(row["prompt_ids"]), ids.shape[1]))
+        assert row["ref_forget_logps"] == pytest.approx(truth, rel=1e-5)
+
+
+def drop_out(model) -> None:
+    """Dropout inside of the attention, which is no module that TRL could disable."""
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+
+
+def test_the_reference_of_a_step_does_not_drop_out(tmp_path):
+    model = make_tiny_llama()
+    drop_out(model)
+    trainer = make_trainer(tmp_path, model, overrides={"loss_type": "undial"}, peft_config=lora())
+    batch = batch_of(trainer)
+    del batch["completion_mask"]
+    trainer.model.train()
+    (seen, _), (again, _) = (trainer._reference(dict(batch), {"forget": slice(0, 4)}) for _ in range(2))
+    assert torch.equal(seen["hidden"]["forget"], again["hidden"]["forget"])
+    fresh = make_tiny_llama()(**batch, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(seen["hidden"]["forget"], fresh)
+    assert all(module.training for module in trainer.model.modules())
+    trainer.model.eval()
+    trainer._reference(dict(batch), {"forget": slice(0, 4)})
+    assert not any(module.training for module in trainer.model.modules())
+
+
+def test_sums_of_another_trainer_are_not_used(tmp_path):
+    overrides = {"loss_type": "npo", "max_steps": 1}
+    other = trained(tmp_path, overrides=overrides)
+    trainer = trained(tmp_path, model=make_tiny_llama(seed=7), data=other.train_dataset, overrides=overrides)
+    assert column(trainer, "loss") == pytest.approx([2 / 0.1 * 0.6931472], rel=1e-5)
+    # Its own are, although the model they belong to is gone.
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < 13.8
+    with pytest.raises(ValueError, match="the model before unlearning is gone"):
+        trainer.evaluate(other.train_dataset)
+
+
+@pytest.mark.parametrize("name", ["npo", "flat"])
+def test_predictions_need_a_reference_too(tmp_path, name):
+    trainer = make_trainer(tmp_path, overrides={"loss_type": name}, eval_dataset=make_forget(4))
+    losses = [trainer.predict(data).metrics["test_loss"] for data in (trainer.eval_dataset, make_forget(4))]
+    assert losses[0] == losses[1] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
 @pytest.mark.parametrize("name", ["undial", "rmu"])
 def test_frozen_copy_stays(tmp_path, name):
     trainer = make_trainer(tmp_path, overrides={"loss_type": name, "retain_coef": 1.0}, retain_dataset=make_retain())
@@ -140,8 +217,14 @@ def test_unused_references_and_retain_data_are_refused(tmp_path):
         make_trainer(tmp_path, overrides={"retain_coef": 1.0})
     with pytest.raises(ValueError, match="retain_loss='kl' needs a retain_dataset"):
         make_trainer(tmp_path, overrides={"retain_loss": "kl"})
-    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the base weights"):
-        make_trainer(tmp_path, overrides={"loss_type": "undial"}, peft_config=lora(init_lora_weights="pissa"))
+    for init in ("pissa", "OLoRA", "olora"):
+        for name in ("undial", "npo", "idk_dpo"):
+            with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the base weights"):
+                make_trainer(tmp_path, overrides={"loss_type": name}, peft_config=lora(init_lora_weights=init))
+    with pytest.raises(ValueError, match="init_lora_weights='lora_ga' changes the base weights"):
+        check_adapter_leaves_the_base(LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()))
+    for init in (True, False, "gaussian", "orthogonal"):
+        check_adapter_leaves_the_base(lora(init_lora_weights=init))
     with pytest.raises(TypeError, match="args is a DPOConfig; UnlearnTrainer takes UnlearnConfig, which has the same"):
         UnlearnTrainer(make_tiny_llama(), DPOConfig(str(tmp_path), use_cpu=True, bf16=False), make_forget())
     with pytest.raises(TypeError, match="args is a UnlearnConfig; FlatTrainer takes FlatConfig, which has the same"):

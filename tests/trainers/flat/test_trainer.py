@@ -179,8 +179,11 @@ def test_mixture_of_experts(tmp_path):
     trainer = make_trainer(tmp_path, model, overrides=overrides)
     batch = batch_of(trainer)
     loss = loss_of(trainer, batch).item()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    aux_loss = type(model).forward(model, **inputs, output_router_logits=True).aux_loss.item()
+    assert trainer._metrics["train"]["aux_loss"] == pytest.approx([aux_loss], rel=1e-5) and aux_loss > 1
     trainer.router_aux_loss_coef = 0.0
-    assert loss > loss_of(trainer, batch).item() + 0.1
+    assert loss - loss_of(trainer, batch).item() == pytest.approx(0.5 * aux_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("gradient_ascent", "wga")])
@@ -196,6 +199,21 @@ def test_accumulation_equals_one_large_batch(tmp_path, name):
         assert largest_difference(weights(other.model), weights(runs[0].model)) < 1e-6
         for key in ("probability/forget", "forget/top1", "loss/forget", "loss/retain"):
             assert column(other, key) == pytest.approx(column(runs[0], key), rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["flat", "npo", "undial"])
+def test_a_smaller_last_micro_batch_counts_its_rows(tmp_path, name):
+    runs = []
+    for size, steps in ((7, 1), (4, 2), (2, 4)):
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2}
+        overrides = {"loss_type": name, "retain_coef": 1.0, **SGD, **split}
+        common = {"retain_dataset": make_retain(), "eval_dataset": make_forget(7)}
+        runs.append(trained(tmp_path, data=make_forget(7), overrides=overrides, **common))
+    for other in runs[1:]:
+        assert largest_difference(weights(other.model), weights(runs[0].model)) < 1e-6
+        for key in ("loss", "probability/forget", "forget/top1", "retain/top1", "loss/forget", "loss/retain"):
+            assert column(other, key) == pytest.approx(column(runs[0], key), rel=1e-5, abs=1e-6), key
+        assert other.evaluate()["eval_loss"] == pytest.approx(runs[0].evaluate()["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["flat", "npo", "undial", "rmu"])
@@ -279,7 +297,7 @@ def test_log(tmp_path):
     )
     trainer.train()
     names = {"probability/template", "probability/template_first", "probability/forget", "forget/top1"}
-    names |= {"weight/lambda_e", "weight/lambda_f", "loss/forget", "loss/retain"}
+    names |= {"weight/lambda_e", "weight/lambda_f", "loss/forget", "loss/retain", "retain/top1"}
     first = trainer.state.log_history[0]
     assert names <= first.keys() and all(0 <= first[name] <= 1 for name in names if "loss" not in name)
     assert first["weight/lambda_e"] == 1 and first["loss"] == pytest.approx(
@@ -307,7 +325,8 @@ def test_flat_forgets_and_learns_the_refusal(tmp_path):
     model = make_tiny_llama()
     options = {"learning_rate": 3e-3, "max_steps": 60, "loss_type": "gradient_ascent", "forget_coef": 0.0}
     facts = trained(tmp_path, model=model, overrides=options | {"retain_coef": 1.0}, retain_dataset=make_forget())
-    assert column(facts, "forget/top1")[-1] > 0.9
+    for name in ("forget/top1", "retain/top1"):
+        assert column(facts, name)[0] < 0.3 and column(facts, name)[-1] > 0.9
     overrides = {"learning_rate": 3e-3, "max_steps": 80, "template_probability": "geometric"}
     trainer = trained(tmp_path, model=model, overrides=overrides, trainer_class=FlatTrainer)
     assert column(trainer, "probability/forget")[0] > 0.5 > 0.1 > column(trainer, "probability/forget")[-1]

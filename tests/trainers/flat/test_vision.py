@@ -75,8 +75,8 @@ def make_trainer(folder, data=None, **overrides) -> UnlearnTrainer:
 def test_flat_reads_both_halves(tmp_path):
     trainer = make_trainer(tmp_path, eval_dataset={"same": make_pictures()})
     assert trainer.ref_model is None
-    assert set(trainer.train_dataset["chosen"]) <= set(REFUSALS)
-    assert trainer.train_dataset["rejected"] == make_pictures()["completion"]
+    assert set(trainer.train_dataset["chosen"]) <= {f"{text}</s>" for text in REFUSALS}
+    assert list(trainer.train_dataset["rejected"]) == [f"{text}</s>" for text in make_pictures()["completion"]]
     batch = next(iter(trainer.get_train_dataloader()))
     log_probs = label_log_probs(make_model(), batch)
     mask = batch["completion_mask"][:, 1:].bool()
@@ -106,6 +106,37 @@ def test_other_losses_train(tmp_path, name):
     trainer = make_trainer(tmp_path, loss_type=name)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_answers_end(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for ids, answer in zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True):
+        assert ids[answer][-1] == 2 and (ids[answer] == 2).sum() == 1
+
+
+def test_the_prompt_may_be_inside_the_answers(tmp_path):
+    rows = [
+        {
+            "images": [Image.new("RGB", (8, 8), (i * 40, 0, 0))],
+            "chosen": f"<image> w{i} w80 w81",
+            "rejected": f"<image> w{i} w3{i}",
+        }
+        for i in range(4)
+    ]
+    trainer = make_trainer(tmp_path, data=Dataset.from_list(rows), template_answers=None)
+    assert trainer.train_dataset[1]["prompt"].startswith("<image> w1 ")
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("name", ["flat", "wga"])
+def test_new_data_is_evaluated(tmp_path, name):
+    trainer = make_trainer(tmp_path, loss_type=name, eval_dataset=make_pictures())
+    truth = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(make_pictures())["eval_loss"] == pytest.approx(truth)
+    assert trainer.evaluate({"new": make_pictures()})["eval_new_loss"] == pytest.approx(truth)
+    assert trainer.predict(make_pictures()).metrics["test_loss"] == pytest.approx(truth)
 
 
 def test_what_needs_text_is_refused(tmp_path):
