@@ -15,6 +15,7 @@ from hf_ext.model_cards.collect import Facts, collect
 from hf_ext.model_cards.loading import own_peft_method, snippet
 from hf_ext.model_cards.markers import BEGIN, END
 from hf_ext.model_cards.results import MetricsReport, Results, read_results
+from hf_ext.model_cards.unlearning import TAG, read_unlearning
 
 
 def build_card(
@@ -32,6 +33,7 @@ def build_card(
     title: str | None = None,
     extra_sections: Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    merged: bool = False,
 ) -> ModelCard:
     """A complete card: every sentence is a fact, or says that something was not stated or not measured.
 
@@ -54,12 +56,15 @@ def build_card(
         title: heading; made from method and base model if absent.
         extra_sections: more sections, heading to Markdown.
         repo_id: where the model will be published, for the code that loads it. `publish` sets it.
+        merged: the card of the weights with the adapter merged into them, as `save` and `publish` write them with
+            `merged=True`.
 
     Raises:
         ValueError: an argument cannot be used; the message names it.
     """
-    facts = collect(model_or_trainer, method=method, base_model=base_model)
+    facts = collect(model_or_trainer, method=method, base_model=base_model, merged=merged)
     results = _results(facts, metrics, evaluated_on)
+    unlearning = read_unlearning(facts.tags, facts.methods, metrics)
     our_type = own_peft_method(facts)
     named = _datasets(facts, datasets)
     title = title or _title(facts)
@@ -71,7 +76,7 @@ def build_card(
         pipeline_tag=facts.pipeline_tag,
         language=language,
         datasets=named or None,
-        tags=_card_tags(facts),
+        tags=_card_tags(facts, unlearned=unlearning is not None),
         model_name=title if eval_results else None,
         eval_results=eval_results or None,
         **license_data,
@@ -95,6 +100,8 @@ def build_card(
         runtime=_duration(facts.training.runtime) if facts.training and facts.training.runtime else None,
         results=results,
         eval_rows=facts.training.eval_rows if facts.training and metrics is None else None,
+        unlearning=unlearning,
+        merged=facts.merged,
         limitations=[limitations] if isinstance(limitations, str) else list(limitations or ()),
         extra_sections={heading: _text(text) for heading, text in (extra_sections or {}).items()},
         versions=facts.versions,
@@ -114,8 +121,10 @@ def _datasets(facts: Facts, named: str | list[str] | None) -> list[str]:
     return [facts.training.train_dataset] if facts.training and facts.training.train_dataset else []
 
 
-def _card_tags(facts: Facts) -> list[str]:
+def _card_tags(facts: Facts, unlearned: bool) -> list[str]:
     tags = ["hf_ext", *(method.slug for method in facts.methods), *facts.tags]
+    if unlearned:
+        tags.append(TAG)
     if facts.adapter:
         tags.append(facts.adapter.peft_type.lower())
     if facts.adapter and facts.base.id:
@@ -159,8 +168,12 @@ def _details(facts: Facts, license_data: dict[str, Any]) -> dict[str, str]:
     if facts.adapter:
         rows |= {f"`{name}`": f"`{value}`" for name, value in facts.adapter.settings.items() if value}
         rows["Parameters of the adapter"] = f"{facts.adapter.parameters:,} ({facts.adapter.size / 1e6:.2f} MB)"
-    if facts.adapter and facts.adapter.density:
-        rows["Weights the merged adapter changes"] = facts.adapter.density
+    adapter = facts.adapter or facts.merged
+    if adapter and adapter.density:
+        rows["Weights the merged adapter changes"] = adapter.density
+    if facts.merged:
+        settings = ", ".join(f"`{name}` {value}" for name, value in facts.merged.settings.items() if value)
+        rows["Adapter, merged into the weights"] = f"`{facts.merged.peft_type}`: {settings}"
     rows["Parameters in all"] = f"{facts.parameters:,}"
     rows["Licence"] = str(license_data.get("license_name") or license_data.get("license") or "not stated")
     return {name: value.replace("|", "\\|") for name, value in rows.items()}

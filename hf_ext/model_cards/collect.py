@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft import PeftConfig, PeftModel, PeftType, PromptLearningConfig, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import EMBEDDING_LAYER_NAMES
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_ext._compat import has_injected_adapters
 from hf_ext.model_cards.base_model import BaseModel, identify
 from hf_ext.model_cards.training import TrainingFacts, as_text, changed_fields, own_fields, training_facts
+from hf_ext.model_cards.unlearning import unlearning_methods
 from hf_ext.registry import METHODS, Method
 from hf_ext.registry import method as method_named
 
@@ -61,7 +62,12 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything the card can say about a model by itself."""
+    """Everything the card can say about a model by itself.
+
+    Attributes:
+        adapter: what is published, if that is an adapter.
+        merged: the adapter whose update lies in the published weights.
+    """
 
     base: BaseModel
     architecture: str
@@ -69,6 +75,7 @@ class Facts:
     methods: tuple[Method, ...]
     tags: tuple[str, ...]
     adapter: AdapterFacts | None
+    merged: AdapterFacts | None
     parameters: int
     quantization: str | None
     training: TrainingFacts | None
@@ -80,7 +87,11 @@ class Facts:
 
 
 def collect(
-    model_or_trainer: nn.Module | Trainer, *, method: str | list[str] | None = None, base_model: str | None = None
+    model_or_trainer: nn.Module | Trainer,
+    *,
+    method: str | list[str] | None = None,
+    base_model: str | None = None,
+    merged: bool = False,
 ) -> Facts:
     """Gather the facts.
 
@@ -88,22 +99,29 @@ def collect(
         model_or_trainer: a `PeftModel`, a `PreTrainedModel` (with or without injected adapters) or a `Trainer` of either.
         method: slug(s) from the registry; found from the PEFT type and the trainer's tags when absent.
         base_model: Hub id of the base model, when it was loaded from a folder.
+        merged: describe the weights with the adapter merged into them.
 
     Raises:
-        ValueError: an argument is of another kind, holds several adapters, or a slug is unknown.
+        ValueError: an argument is of another kind, holds several adapters, a slug is unknown, or there is nothing to
+            merge.
     """
     trainer = model_or_trainer if isinstance(model_or_trainer, Trainer) else None
     model = unwrapped_model(model_or_trainer)
     config = adapter_config(model)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
+    if merged:
+        check_mergeable(model)
+    adapter = _adapter(model, config) if config else None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Facts(
         base=_base(core, config, base_model),
         architecture=type(core).__name__,
         task_type=_task_type(core, config),
         methods=_methods(method, trainer, core, config),
         tags=_tags(trainer, core),
-        adapter=_adapter(model, config) if config else None,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        adapter=None if merged else adapter,
+        merged=adapter if merged else None,
+        parameters=parameters - adapter.parameters if adapter and merged else parameters,
         quantization=_quantization(core),
         training=training_facts(trainer) if trainer else None,
         versions=_versions(trainer is not None),
@@ -121,6 +139,19 @@ def unwrapped_model(model_or_trainer: Any) -> Model:
             "transformers Trainer."
         )
     return model
+
+
+def check_mergeable(model: Model) -> None:
+    """Raises `ValueError` where no adapter can be merged into the weights."""
+    if not isinstance(model, PeftModel):
+        raise ValueError("merged=True needs a PeftModel: this model has no adapter to merge; leave it out.")
+    if isinstance(model.active_peft_config, PromptLearningConfig):
+        raise ValueError("merged=True: prompt learning adds no weights that could be merged; publish the adapter.")
+    if _quantization(model.get_base_model()):
+        raise ValueError(
+            "merged=True: the base is quantised, and merging would round the adapter's update to its grid. Publish the "
+            "adapter, or attach it to the base in bfloat16 and merge that."
+        )
 
 
 def adapter_config(model: Model) -> PeftConfig | None:
@@ -188,7 +219,8 @@ def _methods(
             raise ValueError(f"method={asked!r}: {error.args[0]}.") from None
     tags = _tags(trainer, core)
     peft_type = PeftType(config.peft_type).value if config else None
-    return tuple(m for m in METHODS if m.slug in tags or (m.peft_type is not None and m.peft_type == peft_type))
+    found = tuple(m for m in METHODS if m.slug in tags or (m.peft_type is not None and m.peft_type == peft_type))
+    return found + unlearning_methods(tags)
 
 
 def _tags(trainer: Trainer | None, core: nn.Module) -> tuple[str, ...]:
@@ -196,6 +228,9 @@ def _tags(trainer: Trainer | None, core: nn.Module) -> tuple[str, ...]:
     tags: list[str] = []
     for cls in type(trainer).__mro__ if trainer else ():
         tags += vars(cls).get("_tag_names", ())
+        # Ours name all that applies to them: unlearning is no DPO, although its trainer is derived from DPO's.
+        if tags and cls.__module__.startswith("hf_ext."):
+            break
     if isinstance(core, PreTrainedModel):
         tags += core.model_tags or ()
     return tuple(dict.fromkeys(tags))

@@ -46,6 +46,7 @@ def publish(
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
+    merged: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
     **card_arguments: Any,
@@ -62,6 +63,7 @@ def publish(
         revision: branch to commit to, created if it does not exist.
         private: visibility of a repository that is created here.
         create_pr: open a pull request instead of committing.
+        merged: publish plain weights with the adapter merged into them, see `save`.
         card_arguments: arguments of `build_card`, such as `base_model=`, `license=`, `metrics=`, `datasets=`.
 
     Returns:
@@ -85,18 +87,18 @@ def publish(
             f"{repo_id} was not published to {api.endpoint}: there is no access token. Run `hf auth login`, set "
             "HF_TOKEN or pass token=."
         )
-    card = finished_card(model_or_trainer, card, {**card_arguments, "repo_id": repo_id})
+    card = finished_card(model_or_trainer, card, merged, {**card_arguments, "repo_id": repo_id})
     accept(card)
     with tempfile.TemporaryDirectory(prefix="hf_ext_publish_") as scratch:
         folder = Path(scratch)
-        write_model(model_or_trainer, folder, card)
+        write_model(model_or_trainer, folder, card, merged)
         with _explained(api, repo_id, "preparing the repository", None):
             head = _prepare_repo(api, repo_id, None if create_pr else revision, private)
-            merged = _merged_with_remote(api, repo_id, head, card)
-        accept(merged)
-        merged.save(folder / "README.md")
+            united = _united_with_remote(api, repo_id, head, card)
+        accept(united)
+        united.save(folder / "README.md")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        # `upload_folder` may split a push into several commits; this is one, and only on top of the card merged above.
+        # `upload_folder` may split a push into several commits; this is one, and only on top of the card united above.
         with _explained(api, repo_id, "uploading", (revision, head)):
             return api.create_commit(
                 repo_id,
@@ -125,7 +127,7 @@ def _prepare_repo(api: HfApi, repo_id: str, revision: str | None, private: bool 
     return api.model_info(repo_id, revision=revision).sha
 
 
-def _merged_with_remote(api: HfApi, repo_id: str, head: str | None, card: ModelCard) -> ModelCard:
+def _united_with_remote(api: HfApi, repo_id: str, head: str | None, card: ModelCard) -> ModelCard:
     try:
         existing = api.hf_hub_download(repo_id, "README.md", revision=head)
     except EntryNotFoundError:

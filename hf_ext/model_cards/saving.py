@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_ext.model_cards.base_model import identify
 from hf_ext.model_cards.card import build_card
-from hf_ext.model_cards.collect import adapter_config, adapter_name, saves_embeddings, unwrapped_model
+from hf_ext.model_cards.collect import (
+    adapter_config,
+    adapter_name,
+    check_mergeable,
+    saves_embeddings,
+    unwrapped_model,
+)
 from hf_ext.model_cards.loading import HERE
 from hf_ext.model_cards.markers import BEGIN, END, is_ours, merge
 from hf_ext.model_cards.validate import validate
@@ -31,6 +38,7 @@ def save(
     folder: str | os.PathLike[str],
     card: ModelCard | None = None,
     *,
+    merged: bool = False,
     overwrite: bool = False,
     **card_arguments: Any,
 ) -> Path:
@@ -38,6 +46,10 @@ def save(
 
     The content is written into a hidden folder beside the target and then renamed. A folder written by `save` is
     replaced, and text outside the markers of its README.md is kept.
+
+    Args:
+        merged: write plain weights with the adapter merged into them. The model itself stays as it is; its weights are
+            in memory twice meanwhile.
 
     Raises:
         ValueError: the card breaks a rule, or `folder` holds something else and `overwrite` is not set.
@@ -54,7 +66,7 @@ def save(
             f"folder={str(folder)!r} holds something that `save` did not write; choose another, or pass overwrite=True to "
             "replace the folder and everything in it."
         )
-    card = finished_card(model_or_trainer, card, card_arguments)
+    card = finished_card(model_or_trainer, card, merged, card_arguments)
     if ours:
         card = merge(card, ModelCard.load(target / "README.md", ignore_metadata_errors=True))
     accept(card)
@@ -62,7 +74,7 @@ def save(
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_model(model_or_trainer, partial, card)
+        write_model(model_or_trainer, partial, card, merged)
         card.save(partial / "README.md")
     except BaseException:
         shutil.rmtree(partial)
@@ -83,11 +95,11 @@ def _is_ours(folder: Path) -> bool:
 
 
 def finished_card(
-    model_or_trainer: nn.Module | Trainer, card: ModelCard | None, arguments: dict[str, Any]
+    model_or_trainer: nn.Module | Trainer, card: ModelCard | None, merged: bool, arguments: dict[str, Any]
 ) -> ModelCard:
     """The given card, or one built from `arguments`; with markers, and with the repository's id in its code."""
     if card is None:
-        return build_card(model_or_trainer, **arguments)
+        return build_card(model_or_trainer, merged=merged, **arguments)
     repo_id = arguments.pop("repo_id", None)
     if arguments:
         raise ValueError(f"{', '.join(arguments)}: give these to `build_card`, since a finished card was passed.")
@@ -110,7 +122,7 @@ def accept(card: ModelCard) -> None:
         warnings.warn(f"model card: {finding}", stacklevel=3)
 
 
-def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: ModelCard) -> None:
+def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: ModelCard, merged: bool) -> None:
     """Weights as safetensors and configuration; the tokenizer too if a trainer has one."""
     if isinstance(model_or_trainer, Trainer):
         if model_or_trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -121,8 +133,11 @@ def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: Model
         tokenizer = model_or_trainer.processing_class
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer.save_pretrained(folder)
-    model = unwrapped_model(model_or_trainer)
-    config = adapter_config(model)
+    model: Any = unwrapped_model(model_or_trainer)
+    if merged:
+        check_mergeable(model)
+        model = copy.deepcopy(model).merge_and_unload()
+    config = None if merged else adapter_config(model)
     if config is None:
         model.save_pretrained(str(folder))
         return

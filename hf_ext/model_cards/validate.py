@@ -103,6 +103,11 @@ def _metadata_warnings(data: dict[str, Any], files: list[str]) -> Iterator[Findi
         yield Finding("no-license", "without `license` nobody may rely on using the model; pass license=")
     if data.get("library_name") == "peft" and not data.get("base_model"):
         yield Finding("no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model=")
+    if data.get("library_name") == "peft" and "unlearning" in (data.get("tags") or []):
+        yield Finding(
+            "unlearned-adapter",
+            "whoever switches the adapter off has what was forgotten; publish the merged weights with merged=True",
+        )
     for name, library in _LIBRARY_FILES.items():
         if name in files and data.get("library_name") != library:
             found = data.get("library_name")

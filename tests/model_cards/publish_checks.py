@@ -149,6 +149,24 @@ def test_trainer_is_published_without_pickles(hub, repo_id, tmp_path):
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 
+def test_an_adapter_is_published_merged(hub, base, repo_id):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
+    ).eval()
+    publish(model, repo_id, merged=True, method="flat", license="mit")
+    stored = hub.repos["models", repo_id]
+    assert "model.safetensors" in stored.files() and "adapter_config.json" not in stored.files()
+    remote = HfApi().model_info(repo_id)
+    assert (remote.library_name, remote.card_data.base_model) == ("transformers", BASE)
+    assert {"flat", "unlearning"} < set(remote.card_data.tags)
+    assert "it cannot be switched off here" in ModelCard.load(repo_id).text
+    loaded = AutoModelForCausalLM.from_pretrained(repo_id)
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    before = stored.resolve("main").sha
+    assert publish(model, repo_id, merged=True, method="flat", license="mit").oid == before
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
