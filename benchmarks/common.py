@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ def write(name: str, result: dict[str, Any]) -> None:
     scratch = target.with_suffix(".tmp")
     scratch.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n")
     scratch.replace(target)
+
+
+def stored_runs(name: str) -> list[dict[str, Any]]:
+    """The finished runs in `results/<name>.json`, with which a script goes on after it was stopped."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def add_stored(name: str, runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> None:
+    """Add to `runs` those that another process has finished meanwhile; sorted by `key`."""
+    known = [key(run) for run in runs]
+    runs.extend(run for run in stored_runs(name) if key(run) not in known)
+    runs.sort(key=lambda run: json.dumps(key(run)))
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

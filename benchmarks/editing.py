@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import RESULTS, markdown, write
+from benchmarks.common import add_stored, markdown, stored_runs, write
 from hf_ext.demo.model import embedded_model
 from hf_ext.demo.recipes import STOP_LOSS, EditRecipe, StopBelow, edit
 from hf_ext.demo.run import DRIFT_TEXTS
@@ -92,12 +92,6 @@ def run(
     return runs
 
 
-def stored() -> list[dict[str, Any]]:
-    """Runs in the results file."""
-    path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text())["runs"] if path.exists() else []
-
-
 def _key(run: dict[str, Any]) -> list[Any]:
     return [run["seed"], json.loads(json.dumps(run["recipe"]))]
 
@@ -146,7 +140,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    runs = stored()
+    runs = stored_runs(NAME)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     for seed in options.seeds:
         model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
@@ -174,10 +168,7 @@ def main() -> None:
 
 
 def save(runs: list[dict[str, Any]]) -> None:
-    """Write all runs, with those that another process has added meanwhile."""
-    known = [_key(r) for r in runs]
-    runs.extend(r for r in stored() if _key(r) not in known)
-    runs.sort(key=lambda r: json.dumps(_key(r)))
+    add_stored(NAME, runs, _key)
     seeds = len({r["seed"] for r in runs})
     note = (
         f"{EDITS} QAEdit edits in one batch, {seeds} seeds (mean ± standard deviation), Gemma 3 270M, rank {BASE.rank}, "

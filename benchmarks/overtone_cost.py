@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,63 +26,17 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
-from benchmarks.common import markdown, write
+from benchmarks.common import write
+from benchmarks.cost import compare, show, table
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.overtone import OvertoneConfig, OvertoneSettings, OvertoneStatistics, OvertoneTrainer
 from hf_ext.trainers.overtone.head import add_overtone_head
 
 VOCAB, HIDDEN, SEED, REPEATS = 262_144, 640, 0, 7
-
-
-def allocated_peak(function: Callable[[], Any]) -> float:
-    """MiB that torch's CPU allocator holds at most above the start while `function` runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
-        function()
-    held = peak = 0
-    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
-
-
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int = REPEATS) -> dict[str, Any]:
-    """Seconds and MiB of both sides, and the ratio ours / peer within each interleaved pair."""
-    sides = {"ours": ours, "peer": peer}
-    for function in sides.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats):
-        # The order alternates, so that neither side always runs on the caches the other left behind.
-        for name in sorted(sides, reverse=bool(repeat % 2)):
-            start = time.process_time()
-            sides[name]()
-            seconds[name].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["peer"], strict=True)]
-    memory = {name: allocated_peak(function) for name, function in sides.items()}
-    return {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "time_ratio": statistics.median(ratios),
-        "time_ratio_min": min(ratios),
-        "time_ratio_max": max(ratios),
-        "peak_mib": memory,
-        "memory_ratio": memory["ours"] / memory["peer"],
-    }
-
-
-def show(name: str, row: dict[str, Any]) -> None:
-    time_s, peak = row["seconds"], row["peak_mib"]
-    print(
-        f"{name:42s} time {time_s['ours']:7.3f} / {time_s['peer']:7.3f} s = {row['time_ratio']:.2f} "
-        f"[{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]   "
-        f"memory {peak['ours']:7.1f} / {peak['peer']:7.1f} MiB = {row['memory_ratio']:.2f}",
-        flush=True,
-    )
 
 
 def head_rows() -> list[dict[str, Any]]:
@@ -188,23 +140,6 @@ def step_row() -> dict[str, Any]:
     return {"name": "step, Gemma 3 270M, LoRA, 64 labelled of 96", **row}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """What the docs show."""
-    cells = []
-    for row in rows:
-        seconds, peak = row["seconds"], row["peak_mib"]
-        cells.append(
-            [
-                row["name"],
-                f"{seconds['ours']:.2f} / {seconds['peer']:.2f}",
-                f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
-                f"{peak['ours']:.0f} / {peak['peer']:.0f}",
-                f"{row['memory_ratio']:.2f}",
-            ]
-        )
-    return markdown(["work", "CPU seconds, ours / TRL", "ratio [min, max]", "peak MiB, ours / TRL", "ratio"], cells)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     rows = head_rows()
@@ -219,7 +154,7 @@ def main() -> None:
         "memory": "peak of torch's CPU allocator above the start of the call, from the profiler's allocation record",
         "peer": "TRL's fused NLL head (add_fused_lm_head) and SFTTrainer",
         "results": rows,
-        "table": table(rows),
+        "table": table(rows, "TRL"),
     }
     write("overtone_cost", report)
 

@@ -14,6 +14,9 @@ SCRIPTS = (
     "kv_cache.quality",
     "kv_cache.decode",
     "kv_cache.memory",
+    "unlearning.cost",
+    "unlearning.islands",
+    "unlearning.author",
 )
 
 
