@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from hf_ext.model_cards.collect import (
 from hf_ext.model_cards.loading import HERE
 from hf_ext.model_cards.markers import BEGIN, END, is_ours, merge
 from hf_ext.model_cards.validate import validate
+from hf_ext.trainers.flat.merging import merged_copy
 
 # What models, adapters, tokenizers and cards consist of.
 _WRITTEN = {".md", ".json", ".safetensors", ".txt", ".jinja", ".model"}
@@ -136,7 +136,7 @@ def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: Model
     model: Any = unwrapped_model(model_or_trainer)
     if merged:
         check_mergeable(model)
-        model = copy.deepcopy(model).merge_and_unload()
+        model = merged_copy(model)
     config = None if merged else adapter_config(model)
     if config is None:
         model.save_pretrained(str(folder))
