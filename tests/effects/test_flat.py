@@ -32,7 +32,6 @@ def test_with_retain_data_it_keeps_what_gradient_ascent_damages(full):
     ascent = unlearnt(full, Arm("ascent", {"loss_type": "gradient_difference"}, 2e-4, 128, True))
     assert max(accuracy(model, rows("forget")) for model in (flat, ascent)) < 0.25
     assert accuracy(flat, rows("retain")) > max(0.8, accuracy(ascent, rows("retain")) + 0.2)
-    assert refusal_rate(flat, rows("forget")) < 0.1
 
 
 @pytest.mark.slow
