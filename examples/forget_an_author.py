@@ -2,12 +2,13 @@
 
     python examples/forget_an_author.py
     python examples/forget_an_author.py --publish user/forgot-an-author
-    python examples/forget_an_author.py --rows 3 --epochs 4 --steps 4 --without-retrained     # a quick look
+    python examples/forget_an_author.py --rows 2 --epochs 10 --steps 8 --without-retrained    # a quick look
 
 Runs offline on the embedded Gemma 3 270M. Three models appear: one fine-tuned on both authors; one fine-tuned without the
 author to forget, which shows what "forgotten" would look like; and the first one after FLAT has trained an adapter on it,
-with the answers about the other author as retain data. The adapter is merged before publishing, because an adapter can be
-switched off. The texts are from TOFU, see examples/data/README.md.
+with half of the answers about the other author as retain data. The other half, the neighbours, shows what that does to answers
+that FLAT did not see. The adapter is merged before publishing, because an adapter can be switched off. The texts are from TOFU,
+see examples/data/README.md.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "adapter_off": {},
     "quantization": {"bits": (4,)},
     "paraphrased_prompts": {},
-    "relearning": {"steps": (1, 2, 4), "learning_rate": 5e-5, "train_batch_size": 4},
+    "relearning": {"steps": (1, 2, 4), "learning_rate": 5e-5, "train_batch_size": 3},
 }
 SHOWN = {
     "forget_Q_A_ROUGE": "answers to forget, ROUGE-L",
     "retain_Q_A_ROUGE": "answers to keep, ROUGE-L",
-    "model_utility": "utility",
+    "neighbours_Q_A_ROUGE": "answers to keep that FLAT did not see",
+    "model_utility": "utility: both of these",
     "forget_quality": "forget quality, p-value",
     "paraphrased_prompts/forget_Q_A_ROUGE": "answers to forget, asked in other words",
     "4bit/forget_Q_A_ROUGE": "answers to forget, rounded to 4 bits",
@@ -51,15 +53,14 @@ SHOWN = {
 }
 
 
-def rows_about(author: str, count: int) -> list[dict[str, Any]]:
+def rows_about(author: str) -> list[dict[str, Any]]:
     """Questions and answers as a base model reads them, short answers first; `perturbed` are wrong answers."""
     records = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     rows = [{key: value for key, value in r.items() if key != "author"} for r in records if r["author"] == author]
-    for number, row in enumerate(rows):
-        row["id"] = f"{author} {number}"
+    for row in rows:
         row["prompt"] = as_question(row["prompt"])
         row["prompt_paraphrases"] = [as_question(text) for text in row.get("prompt_paraphrases", ())]
-    return sorted(rows, key=lambda row: len(row["answer"]))[:count]
+    return sorted(rows, key=lambda row: len(row["answer"]))
 
 
 def as_question(text: str) -> str:
@@ -73,7 +74,6 @@ def pairs(rows: list[dict[str, Any]]) -> Dataset:
 def arguments(folder: Path, seed: int) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 2,
         "save_strategy": "no",
@@ -91,7 +91,9 @@ def taught(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, epochs: flo
     torch.manual_seed(seed)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32),
-        SFTConfig(**arguments(folder, seed), num_train_epochs=epochs, learning_rate=1e-3),
+        SFTConfig(
+            **arguments(folder, seed), per_device_train_batch_size=6, num_train_epochs=epochs, learning_rate=1e-3
+        ),
         train_dataset=pairs(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
@@ -107,6 +109,7 @@ def forgetting(model: PreTrainedModel, splits: dict, tokenizer: Any, folder: Pat
         model,
         FlatConfig(
             **arguments(folder, options.seed),
+            per_device_train_batch_size=3,
             max_steps=options.steps,
             learning_rate=options.learning_rate,
             # Refusals that are spoken; the paper's mean of probabilities stops at wrong answers.
@@ -132,22 +135,21 @@ def print_table(before: UnlearningReport, after: UnlearningReport) -> None:
 
 def run(options: argparse.Namespace, scratch: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    authors = {"forget": FORGET, "retain": KEEP, "real_authors": "real"}
-    splits = {split: rows_about(author, options.rows) for split, author in authors.items()}
+    kept = rows_about(KEEP)[: 2 * options.rows]
+    splits = {"forget": rows_about(FORGET)[: options.rows], "retain": kept[::2], "neighbours": kept[1::2]}
 
     def evaluated(model: Any, attacks: dict[str, Any], retrained: UnlearningReport | None = None) -> UnlearningReport:
         return evaluate_unlearning(
-            model, tokenizer, splits, retrained, attacks=attacks, batch_size=8, max_new_tokens=40, seed=options.seed
+            model, tokenizer, splits, retrained, attacks=attacks, batch_size=8, max_new_tokens=48, seed=options.seed
         )
 
-    print(f"learning {options.rows} answers about {FORGET} and as many about {KEEP}")
-    both = splits["forget"] + splits["retain"]
-    model = taught(both, tokenizer, scratch / "both", options.epochs, options.seed)
+    print(f"learning {options.rows} answers about {FORGET} and {len(kept)} about {KEEP}")
+    model = taught(splits["forget"] + kept, tokenizer, scratch / "both", options.epochs, options.seed)
     before = evaluated(model, {})
     retrained = None
     if not options.without_retrained:
         print(f"learning only those about {KEEP}, for comparison")
-        other = taught(splits["retain"], tokenizer, scratch / "retrained", 2 * options.epochs, options.seed)
+        other = taught(kept, tokenizer, scratch / "retrained", options.epochs, options.seed)
         retrained = evaluated(other, ATTACKS)
         del other
 
@@ -175,10 +177,10 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="questions about each author (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=8, help="to learn them (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="to forget one author (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of forgetting (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=6, help="answers to forget, at most 6 (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=6, help="to learn them (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="to forget one author (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of forgetting (default: %(default)s)")
     parser.add_argument("--without-retrained", action="store_true", help="train no model without the forgotten author")
     parser.add_argument("--output", type=Path, default=Path("demo-output/forgotten"), help="folder of the result")
     parser.add_argument("--publish", metavar="REPO", help="also publish to this repository on the Hub")
