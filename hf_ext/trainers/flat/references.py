@@ -23,7 +23,7 @@ from hf_ext.trainers.flat.config import UnlearnConfig
 from hf_ext.trainers.flat.data import sequences, stack_sequences
 from hf_ext.trainers.flat.distributions import Head
 from hf_ext.trainers.flat.methods import Method
-from hf_ext.trainers.flat.reading import NoReference, head_of, recorded
+from hf_ext.trainers.flat.reading import NoReference, head_of, recorded, score_answers
 from hf_ext.trainers.output_layer import base_of, drop_copied_patches
 
 
@@ -130,9 +130,8 @@ class ReferenceTrainer(DPOTrainer):
         with off, self.accelerator.autocast():
             for batch in loader:
                 answer = batch.pop("completion_mask").bool()
-                labels = batch["input_ids"].masked_fill(~answer, -100)
-                outputs = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
-                sums.append(self.accelerator.gather_for_metrics(outputs.log_probs[:, 1 - labels.shape[1] :].sum(-1)))
+                outputs = score_answers(model, base_of(model), {**batch, "use_cache": False}, answer)
+                sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
         model.train(was_training)
         return torch.cat(sums).tolist()
 

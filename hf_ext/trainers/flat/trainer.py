@@ -21,7 +21,13 @@ from hf_ext.trainers.flat.measures import measures
 from hf_ext.trainers.flat.merging import check_mergeable, merged_copy, write_checkpoint
 from hf_ext.trainers.flat.methods import Batch, Rows, retain_term
 from hf_ext.trainers.flat.plans import plan_retain_rows, plan_rows
-from hf_ext.trainers.flat.reading import NoReference, check_adapter_leaves_the_base, freeze_above, head_of
+from hf_ext.trainers.flat.reading import (
+    NoReference,
+    check_adapter_leaves_the_base,
+    freeze_above,
+    head_of,
+    score_answers,
+)
 from hf_ext.trainers.flat.references import ReferenceTrainer
 from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_templates
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward
@@ -310,10 +316,10 @@ class UnlearnTrainer(ReferenceTrainer):
         sums = {group: inputs.pop(f"ref_{group}_logps", None) for group in ("forget", "template")}
         answer = inputs.pop("completion_mask").bool()
         inputs["use_cache"] = False
-        labels = inputs["input_ids"].masked_fill(~answer, -100)
         routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        with self._recorded(base_of(self.model)) as seen:
-            outputs = model(**inputs, **routed, labels=labels, fused_lm_head=True)
+        base = base_of(self.model)
+        with self._recorded(base) as seen:
+            outputs = score_answers(model, base, inputs | routed, answer)
         batch = self._batch(inputs, answer, outputs, seen, sums)
 
         forget = self.method.forget(batch, **self.args.forget_arguments())
@@ -345,10 +351,10 @@ class UnlearnTrainer(ReferenceTrainer):
             return Rows(
                 inputs["input_ids"][part],
                 answer[part],
-                # Prompt learning puts virtual tokens in front.
-                outputs.log_probs[part, 1 - width :],
-                outputs.is_top1[part, 1 - width :],
+                outputs.log_probs[part],
+                outputs.is_top1[part],
                 sums.get(group),
+                # Prompt learning puts virtual tokens in front.
                 **{name: value[part, -width:] for name, value in seen.items()},
                 **{f"ref_{name}": values[group] for name, values in ref_seen.items() if group in values},
             )
