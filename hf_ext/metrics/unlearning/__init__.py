@@ -11,6 +11,7 @@ from hf_ext.metrics.unlearning.options import ATTACKS
 from hf_ext.metrics.unlearning.relearning import RelearningCurve, relearning_curve
 from hf_ext.metrics.unlearning.report import UnlearningReport
 from hf_ext.metrics.unlearning.scores import AnswerScores, PromptFormat, TokenScores, answer_scores
+from hf_ext.metrics.unlearning.tofu import load_tofu
 
 __all__ = [
     "ATTACKS",
@@ -24,6 +25,7 @@ __all__ = [
     "answer_scores",
     "evaluate_unlearning",
     "forget_quality",
+    "load_tofu",
     "model_utility",
     "privleak",
     "quantized_copy",

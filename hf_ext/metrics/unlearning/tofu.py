@@ -1,0 +1,65 @@
+"""The splits of TOFU, as `evaluate_unlearning` takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import get_dataset_config_names, load_dataset
+
+FORGET_SPLITS = ("forget01", "forget05", "forget10")
+# What a row of TOFU calls the fields of a row of ours.
+_FIELDS = {"answer": "answer", "paraphrase": "paraphrased_answer", "perturbed": "perturbed_answer"}
+
+
+def load_tofu(
+    forget: str = "forget10",
+    source: str | Path = "locuslab/TOFU",
+    *,
+    as_prompt: Callable[[str], Any] = str,
+    limit: int | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Splits of TOFU (https://huggingface.co/papers/2401.06121) for `evaluate_unlearning`.
+
+    Args:
+        forget: "forget01", "forget05" or "forget10"; the holdout rows are those of the same size.
+        source: the dataset on the Hub, or a folder with a copy of it.
+        as_prompt: makes a prompt of a question, in the form in which the model was trained: a text, or a list of messages.
+        limit: rows of each split, from its start; all by default.
+
+    Returns:
+        "forget", "holdout", "retain", "real_authors" and "world_facts"; the second only if the dataset has it.
+
+    Raises:
+        ValueError: an unknown split, or a `limit` below 1.
+    """
+    if forget not in FORGET_SPLITS:
+        raise ValueError(f"forget={forget!r} is no split of TOFU: choose one of {', '.join(FORGET_SPLITS)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1; leave it out for all rows.")
+    holdout = forget.replace("forget", "holdout")
+    names = {
+        "forget": f"{forget}_perturbed",
+        "holdout": holdout,
+        "retain": "retain_perturbed",
+        "real_authors": "real_authors_perturbed",
+        "world_facts": "world_facts_perturbed",
+    }
+    # The holdout rows are younger than the other files.
+    if holdout not in get_dataset_config_names(str(source)):
+        del names["holdout"]
+    return {split: _rows(str(source), name, as_prompt, limit) for split, name in names.items()}
+
+
+def _rows(source: str, name: str, as_prompt: Callable[[str], Any], limit: int | None) -> list[dict[str, Any]]:
+    """Without ids: rows are numbered, as in the logs of open-unlearning."""
+    data = load_dataset(source, name, split="train" if limit is None else f"train[:{limit}]")
+    found = []
+    for row in data:
+        fields = {ours: row[theirs] for ours, theirs in _FIELDS.items() if row.get(theirs) is not None}
+        if row.get("paraphrased_question") is not None:
+            other = as_prompt(row["paraphrased_question"])
+            fields["prompt_paraphrases"] = [other if isinstance(other, str) else other[-1]["content"]]
+        found.append({"prompt": as_prompt(row["question"]), **fields})
+    return found
