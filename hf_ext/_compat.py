@@ -11,13 +11,33 @@ import json
 import pickle
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig, PreTrainedModel
+
+# -- PyTorch ---------------------------------------------------------------------------------------------------------
+
+# What a subclass of `Tensor` that stands for data elsewhere is made of: the way that PyTorch documents has no public names.
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
+def wrapper_tensor(cls: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of the class `cls` with a shape, a dtype and a device, but no data."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def map_nested(cls: type, function: Callable[[Any], Any], nested: Any) -> Any:
+    """Replace the instances of `cls` in nested lists, tuples and dictionaries: the arguments of an operator."""
+    return tree_map_only(cls, function, nested)
+
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------
 
@@ -119,6 +139,11 @@ def allow_hotswap(name: str) -> None:
 def has_injected_adapters(model: PreTrainedModel) -> bool:
     """Whether adapters were added with `add_adapter` or `load_adapter`; the public methods raise where there are none."""
     return model._hf_peft_config_loaded
+
+
+def attention_name(config: PreTrainedConfig) -> str | None:
+    """The attention that a part of a model uses; `set_attn_implementation` has no public counterpart that tells."""
+    return config._attn_implementation
 
 
 def set_own_attention(config: PreTrainedConfig, implementation: str | None) -> None:

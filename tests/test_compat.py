@@ -16,6 +16,21 @@ from tests.cache.squat import models as squat_models
 from tests.trainers.helpers import make_tokenizer
 
 
+def test_tensors_without_data_see_their_operators():
+    """The arguments of an operator, nested ones too, arrive as given, and nothing runs before them."""
+
+    class Seven(torch.Tensor):
+        __torch_function__ = _compat.disabled_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return func(*_compat.map_nested(Seven, lambda _: torch.full((2,), 7.0), args), **(kwargs or {}))
+
+    seven = _compat.wrapper_tensor(Seven, (2,), torch.float32, torch.device("cpu"))
+    assert type(seven) is Seven and seven.shape == (2,)
+    assert torch.cat([seven, torch.ones(1)]).tolist() == [7.0, 7.0, 1.0]
+
+
 def test_enum_extension_checks_itself():
     class Stubborn(str):
         value = name = "ROSELORA"
@@ -43,7 +58,7 @@ def test_the_attention_of_one_config_is_set_and_not_saved():
     config = AutoConfig.for_model("gemma3")
     config._attn_implementation = "sdpa"
     _compat.set_own_attention(config, "eager")
-    assert (config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
+    assert [_compat.attention_name(part) for part in (config, config.text_config)] == ["eager", "sdpa"]
     assert not [name for name in config.to_dict() if "attn_implementation" in name]
 
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_ext._compat import is_causal_module, reads_other_keys, set_own_attention
+from hf_ext._compat import attention_name, is_causal_module, reads_other_keys, set_own_attention
 from hf_ext.cache.squat.handle import KVHandle, layer_of, uncompiled
 from hf_ext.cache.squat.layer import SQuatLayer
 from hf_ext.kernels.attention import attend
@@ -197,7 +197,7 @@ def register() -> None:
 def squat_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Use the packed attention in all parts of `model` inside the `with`, and afterwards what each used before."""
     configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
+    before = [attention_name(config) for config in configs]
     try:
         model.set_attn_implementation(NAME)
         yield model

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from hf_ext._compat import has_latent_attention, layers_read_by_others
+from hf_ext._compat import attention_name, has_latent_attention, layers_read_by_others
 from hf_ext.cache.squat import state, store
 from hf_ext.cache.squat.attention import NAME
 from hf_ext.cache.squat.config import SQuatCacheConfig
@@ -99,10 +99,10 @@ class SQuatCache(DynamicCache):
             RuntimeError: the layers do not agree in length, since two calls use the cache at once or an earlier
                 forward pass was interrupted.
         """
-        if not self._warned and self._config.get_text_config(decoder=True)._attn_implementation != NAME:
+        if not self._warned and attention_name(self._config.get_text_config(decoder=True)) != NAME:
             self._warned = True
             warnings.warn(
-                f"This model uses the attention {self.model_config._attn_implementation!r}, which cannot read a "
+                f"This model uses the attention {attention_name(self.model_config)!r}, which cannot read a "
                 "SQuatCache packed: results are right, but every step dequantises all tokens and keys are rounded "
                 'without knowing the queries. Call model.set_attn_implementation("squat") first, if the model has '
                 "that choice.",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+
+from hf_ext._compat import disabled_torch_function, map_nested, wrapper_tensor
 
 if TYPE_CHECKING:
     from hf_ext.cache.squat.layer import SQuatLayer
@@ -38,18 +39,18 @@ class KVHandle(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer: SQuatLayer, kind: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        handle = wrapper_tensor(cls, shape, dtype, device)
         handle.kv_layer, handle.kind = layer, kind
         return handle
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:  # type: ignore[override]
         def whole(handle: KVHandle) -> torch.Tensor:
             return _current(handle).materialize(handle.kind).contiguous()  # as the handle claims to be
 
-        return func(*tree_map_only(KVHandle, whole, args), **tree_map_only(KVHandle, whole, kwargs or {}))
+        return func(*map_nested(KVHandle, whole, args), **map_nested(KVHandle, whole, kwargs or {}))
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"KVHandle({'values' if self.kind else 'keys'}, shape={tuple(self.shape)}, dtype={self.dtype})"
