@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from hf_ext.metrics.editing import EditRecord, KnowledgeEditingEvaluator
 from tests.metrics.editing.conftest import PEOPLE, edited_facts, train
@@ -289,9 +289,6 @@ def test_the_head_sees_only_the_positions_it_needs(world_model, word_tok, record
 
 
 def test_quantised_model(world_model, word_tok, records, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     world_model.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     evaluator = make(model, word_tok, records)
