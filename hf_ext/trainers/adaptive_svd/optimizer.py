@@ -1,0 +1,180 @@
+"""`SubspaceAdamW`: AdamW on plain weights, some of which change only inside their subspace.
+
+Projecting the gradient is not enough for Adam: its element-wise scaling turns the update out of the subspace, by a tenth of
+its length and more. Here the moments of a protected weight are those of coordinates of its free directions, and the update
+is projected after Adam has made it, so that nothing leaves the subspace whatever the moments, the momentum or the decay are.
+
+Shapes: see `subspace`; a weight `(N, M)` of which k of P = min(N, M) directions are protected has coordinates `(P - k, Q)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+
+from hf_ext.trainers.adaptive_svd.subspace import Subspace, expand, project, reduce
+
+
+class SubspaceAdamW(AdamW):
+    """AdamW whose updates of some parameters stay inside a subspace.
+
+    A weight with a subspace keeps two moments in its reduced coordinates, and nothing else unless it has to: with weight
+    decay, or in less than float32, also the change of the coordinates since the start. Decay then acts on that change, which
+    is drawn to 0, because drawing the weight itself to 0 would change what is protected; and a weight in bfloat16 is written
+    as its start plus the change, both of which are exact, since small updates added to it would be rounded away.
+
+    The gradient of such a weight is reduced as soon as it is complete, and freed: `parameter.grad` is None then, and
+    `clip_grad_norm_` of this class takes the place of torch's.
+
+    Args:
+        params: as for `AdamW`; weights with a subspace among them.
+        subspaces: parameter -> what is protected of it, at its present value.
+        reduce_early: free the gradients during the backward. Must be False where something reads `.grad` before the step, as
+            distributed data parallelism does; they are reduced in the step then.
+        joint: the paper's formula, for comparison: moments in the shape of the weight, a copy of its start, and hardly any
+            protection.
+        lr, betas, eps, weight_decay: of AdamW, also in groups. `fused` is for the other parameters.
+
+    Raises:
+        ValueError: a subspace of a tensor that is not among the parameters, or an option of AdamW that is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        subspaces: Mapping[Tensor, Subspace],
+        *,
+        reduce_early: bool = True,
+        joint: bool = False,
+        **options: Any,
+    ) -> None:
+        for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+            if options.get(name):
+                raise ValueError(f"{name}={options[name]!r} is not supported by SubspaceAdamW; leave it out.")
+        super().__init__(params, **options)
+        given = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(parameter) not in given for parameter in subspaces):
+            raise ValueError("subspaces: a tensor is not among the parameters of the optimizer; is it trainable?")
+        self._subspaces, self._joint = dict(subspaces), joint
+        self._inward = partial(project, joint=True) if joint else reduce
+        self._outward = partial(project, joint=True) if joint else expand
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._reduce) for p in self._subspaces if reduce_early]
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters, so that another optimizer can train them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _start(self, parameter: Tensor) -> Tensor:
+        """A weight that has the protected directions: as it is, or as it was if it is rounded or loses them ("joint")."""
+        return self.state[parameter].get("start", parameter) if parameter in self.state else parameter
+
+    @torch.no_grad()
+    def _reduce(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        reduced = self._inward(gradient.float(), self._start(parameter).float(), self._subspaces[parameter])
+        if parameter in self._gradients:
+            self._gradients[parameter] += reduced
+        else:
+            self._gradients[parameter] = reduced
+
+    def _reduce_all(self) -> None:
+        for parameter in self._subspaces:
+            if parameter.grad is not None:
+                self._reduce(parameter)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`, and return the norm before.
+
+        That of a weight with a subspace is the norm of its part inside.
+        """
+        self._reduce_all()
+        plain = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [*plain, *self._gradients.values()]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._gradients.clear()
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._reduce_all()
+        # Without a `.grad`, weights with a subspace are none of AdamW's business.
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._gradients:
+                    self._update(parameter, self._gradients.pop(parameter), group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, subspace = self.state[parameter], self._subspaces[parameter]
+        rounded = parameter.dtype != torch.float32
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            if rounded or group["weight_decay"] != 0:
+                state["change"] = torch.zeros_like(gradient)
+            if rounded or self._joint:
+                state["start"] = parameter.detach().clone()
+        change = state.get("change")
+        moved = torch.zeros_like(gradient) if change is None else change.clone()
+        adamw(
+            [moved],
+            [gradient],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        start = self._start(parameter).float()
+        if rounded:
+            parameter.copy_(start + self._outward(moved, start, subspace))
+        else:
+            parameter += self._outward(moved if change is None else moved - change, start, subspace)
+        if change is not None:
+            change.copy_(moved)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch casts what it loads to the dtype of the parameter, but coordinates are float32.
+        order = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, number in zip(order, numbers, strict=True):
+            if parameter in self._subspaces and number in state_dict["state"]:
+                for name, value in state_dict["state"][number].items():
+                    device = "cpu" if name == "step" else parameter.device
+                    self.state[parameter][name] = value.to(device, copy=True)
