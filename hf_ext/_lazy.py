@@ -1,9 +1,10 @@
-"""Names of a package that are imported when they are first used."""
+"""What is imported when it is first used: names of a package, and libraries that not every installation has."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -29,3 +30,15 @@ def lazy_attributes(
         return sorted({*namespace, *modules})
 
     return load, names
+
+
+def optional_import(name: str, extra: str) -> ModuleType:
+    """The module `name`.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra of this package that brings it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'{name.split(".")[0]} is not installed: pip install "hf-ext[{extra}]"') from error

@@ -27,7 +27,7 @@ ARROWS = {
     "cache": {"kernels", "_compat"},
     "trainers": {"tuners", "metrics", "_compat", "_lazy", "registry"},
     "pipelines": {"tuners", "cache", "metrics", "_compat", "registry"},
-    "metrics": {"_compat"},
+    "metrics": {"_compat", "_lazy"},
     "model_cards": {"tuners", "trainers", "metrics", "_compat", "registry"},
     "demo": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "_compat", "registry"},
     "cli": {

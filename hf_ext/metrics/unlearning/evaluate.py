@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_ext._lazy import optional_import
 from hf_ext.metrics.editing.checks import context_length
 from hf_ext.metrics.editing.inference import ModelRunner
 from hf_ext.metrics.unlearning import measures
@@ -112,9 +113,9 @@ def evaluate_unlearning(
     check_arguments(batch_size, seed, max_new_tokens, stop_strings, format)
     chosen = read_attacks(attacks)
     rows = _read_splits(splits)
-    measures.optional_import("rouge_score.rouge_scorer")
+    optional_import("rouge_score.rouge_scorer", "unlearning")
     if "holdout" in rows:
-        measures.optional_import("scipy.stats")
+        optional_import("scipy.stats", "unlearning")
     settings = {
         "format": asdict(format or PromptFormat()),
         "max_new_tokens": max_new_tokens,

@@ -8,18 +8,18 @@ overflow.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from hf_ext._lazy import optional_import
 
 Floats = NDArray[np.float64]
 
@@ -29,20 +29,6 @@ _MAX_DRAWS_AT_ONCE = 2**22
 _LAST_LATIN = 0x24F
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 _CHARACTERS = re.compile(r"\S")
-
-
-def optional_import(name: str) -> ModuleType:
-    """The module `name`, imported when it is first needed.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'{name.split(".")[0]} is needed to evaluate unlearning: pip install "hf-ext[unlearning]"'
-        ) from error
 
 
 # -- Probabilities and the truth ratio -------------------------------------------------------------------------------
@@ -265,7 +251,7 @@ def auc_interval(forget: ArrayLike, holdout: ArrayLike, **options: Any) -> tuple
 def _auc(forget: Floats, holdout: Floats) -> Floats:
     """[...] from scores [..., n] and [..., m]."""
     n, m = forget.shape[-1], holdout.shape[-1]
-    ranks = optional_import("scipy.stats").rankdata(np.concatenate([forget, holdout], axis=-1), axis=-1)
+    ranks = optional_import("scipy.stats", "unlearning").rankdata(np.concatenate([forget, holdout], axis=-1), axis=-1)
     return (ranks[..., n:].sum(axis=-1) - m * (m + 1) / 2) / (n * m)
 
 
@@ -331,7 +317,7 @@ class _Parts:
 
 @lru_cache(maxsize=3)
 def _rouge_scorer(parts: re.Pattern[str] | None) -> Any:
-    scorer = optional_import("rouge_score.rouge_scorer").RougeScorer
+    scorer = optional_import("rouge_score.rouge_scorer", "unlearning").RougeScorer
     return scorer(["rougeL"], use_stemmer=True) if parts is None else scorer(["rougeL"], tokenizer=_Parts(parts))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_ext.metrics.unlearning import measures
+from hf_ext._lazy import optional_import
 from hf_ext.metrics.unlearning.compare import LEAKS
 from hf_ext.metrics.unlearning.logs import Log, Logs, curve_of, log_ratios
 
@@ -120,7 +120,7 @@ class UnlearningReport:
 
     def plot(self, path: str | Path) -> None:
         """Draws four panels, in any format matplotlib writes: knowledge, truth ratios, membership and relearning."""
-        figure = measures.optional_import("matplotlib.figure").Figure(figsize=(11, 7.5), layout="constrained")
+        figure = optional_import("matplotlib.figure", "unlearning").Figure(figsize=(11, 7.5), layout="constrained")
         panels = figure.subplots(2, 2)
         _bars(panels[0, 0], self, [name for name in self.logs if name.endswith(LEAKS)], "what is still known", None)
         _bars(panels[1, 0], self, [name for name in self.logs if name.startswith("mia_")], "membership (AUC)", 0.5)
