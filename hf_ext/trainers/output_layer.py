@@ -7,11 +7,13 @@ labels and never builds all logits.
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
@@ -76,3 +78,44 @@ def drop_copied_patches(model: Any) -> None:
     """
     if isinstance(current_forward(model), types.MethodType):
         del base_of(model).forward
+
+
+@contextlib.contextmanager
+def _narrowed(base: PreTrainedModel, mask_BS: Tensor) -> Iterator[None]:
+    """Let the output layer see the last hidden states in the mask alone, as one sequence."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        # Prompt learning puts virtual tokens in front; a model split over devices may end on another one.
+        hidden_BSH = output.last_hidden_state[:, -mask_BS.shape[1] :]
+        output.last_hidden_state = hidden_BSH[mask_BS.to(hidden_BSH.device)][None]
+        return output
+
+    handle = base.base_model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def score_answers(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any], answer: Tensor) -> Any:
+    """A forward through TRL's fused head: its output, with log-probabilities and top-1 flags of each next token `(B, S-1)`.
+
+    They are zero where the next token is not of the answer. Without Triton, TRL's head projects all positions, those of the
+    prompts and the padding too; here it is given those of the answers alone.
+
+    Args:
+        model: what is called: `base`, or what PEFT and accelerate wrapped around it.
+        base: the causal language model, with the fused head.
+        inputs: arguments of its forward, `input_ids` `(B, S)` among them.
+        answer: boolean, True at the tokens of the answer, `(B, S)`.
+    """
+    mask = answer[:, 1:]
+    labels = inputs["input_ids"][:, 1:][mask][None]
+    with _narrowed(base, nn.functional.pad(mask, (0, 1))):
+        outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
+    for name in ("log_probs", "is_top1"):
+        # TRL gives a reference no flags.
+        if name in outputs:
+            values = outputs[name].to(mask.device)
+            outputs[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return outputs

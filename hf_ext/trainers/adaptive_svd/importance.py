@@ -34,12 +34,12 @@ class LayerStatistics:
     """Running means over the tokens that pass one linear layer: the cosine, and the second moment of the short side.
 
     Args:
-        wide: the layer has no more outputs than inputs.
+        short_outputs: the short side of the layer's `Subspace` is that of its outputs.
         moment: also keep the second moment, for the energy rule.
     """
 
-    def __init__(self, wide: bool, moment: bool) -> None:
-        self.wide, self.tokens, self._cosines = wide, 0, 0.0
+    def __init__(self, short_outputs: bool, moment: bool) -> None:
+        self.short_outputs, self.tokens, self._cosines = short_outputs, 0, 0.0
         self._moment_PP: Tensor | None = None
         self._keeps_moment = moment
 
@@ -52,7 +52,7 @@ class LayerStatistics:
         self._cosines += float(cosines.double().sum())
         self.tokens += len(inputs)
         if self._keeps_moment:
-            short = (outputs if self.wide else inputs).double()
+            short = (outputs if self.short_outputs else inputs).double()
             moment = short.mT @ short
             self._moment_PP = moment if self._moment_PP is None else self._moment_PP.add_(moment)
 
@@ -66,7 +66,7 @@ class LayerStatistics:
         assert self._moment_PP is not None
         basis = basis_PP.double()
         energies = ((self._moment_PP @ basis) * basis).sum(0) / self.tokens
-        return energies if self.wide else energies * values_P.double().square()
+        return energies if self.short_outputs else energies * values_P.double().square()
 
 
 def retained_ratios(

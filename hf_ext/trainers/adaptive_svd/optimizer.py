@@ -95,14 +95,16 @@ class SubspaceAdamW(AdamW):
                 self._reduce(parameter)
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, parameters: Iterable[Tensor] | None = None) -> Tensor:
         """Scale all gradients so that their norm is at most `max_norm`, and return the norm before.
 
-        That of a weight with a subspace is the norm of its part inside.
+        That of a weight with a subspace is the norm of its part inside. The order of `parameters`, by default that of the
+        groups, decides how the sum is rounded.
         """
         self._reduce_all()
-        plain = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [*plain, *self._gradients.values()]
+        if parameters is None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [g for p in parameters if (g := self._gradients.get(p, p.grad)) is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:

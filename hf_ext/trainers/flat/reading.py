@@ -1,4 +1,4 @@
-"""What the unlearning losses read of a model: log-probabilities of answers, hidden states, layers, the output layer."""
+"""What the unlearning losses read of a model besides log-probabilities: hidden states, layers, the output layer."""
 
 from __future__ import annotations
 
@@ -94,47 +94,6 @@ def recorded(base: PreTrainedModel, hidden: bool = False, layer: int | None = No
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _narrowed(base: PreTrainedModel, mask_BS: Tensor) -> Iterator[None]:
-    """Let the output layer see the last hidden states in the mask alone, as one sequence."""
-
-    def keep(module: nn.Module, args: Any, output: Any) -> Any:
-        # Prompt learning puts virtual tokens in front; a model split over devices may end on another one.
-        hidden_BSH = output.last_hidden_state[:, -mask_BS.shape[1] :]
-        output.last_hidden_state = hidden_BSH[mask_BS.to(hidden_BSH.device)][None]
-        return output
-
-    handle = base.base_model.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def score_answers(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any], answer: Tensor) -> Any:
-    """A forward through TRL's fused head: its output, with log-probabilities and top-1 flags of each next token `(B, S-1)`.
-
-    They are zero where the next token is not of the answer. Without Triton, TRL's head projects all positions, those of the
-    prompts and the padding too; here it is given those of the answers alone.
-
-    Args:
-        model: what is called: `base`, or what PEFT and accelerate wrapped around it.
-        base: the causal language model, with the fused head.
-        inputs: arguments of its forward, `input_ids` `(B, S)` among them.
-        answer: boolean, True at the tokens of the answer, `(B, S)`.
-    """
-    mask = answer[:, 1:]
-    labels = inputs["input_ids"][:, 1:][mask][None]
-    with _narrowed(base, nn.functional.pad(mask, (0, 1))):
-        outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
-    for name in ("log_probs", "is_top1"):
-        # TRL gives a reference no flags.
-        if name in outputs:
-            values = outputs[name].to(mask.device)
-            outputs[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
-    return outputs
 
 
 # These initialisations move a part of the base weights into the adapter, which is not undone by switching it off.

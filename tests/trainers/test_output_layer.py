@@ -7,7 +7,7 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_ext.trainers.flat.reading import score_answers
+from hf_ext.trainers.output_layer import score_answers
 from tests.conftest import make_tiny_llama
 
 IDS = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))

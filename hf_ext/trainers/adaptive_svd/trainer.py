@@ -1,0 +1,250 @@
+"""`AdaptiveSVDTrainer`: full fine-tuning on one task after another, each inside what the earlier ones left free."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_ext.trainers.adaptive_svd.config import AdaptiveSVDConfig
+from hf_ext.trainers.adaptive_svd.importance import (
+    is_degenerate,
+    rank_from_energy,
+    ranks_from_ratios,
+    retained_ratios,
+)
+from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
+from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, singular_basis
+from hf_ext.trainers.adaptive_svd.targets import find_targets, observed
+from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
+
+SUBSPACE_FILE = "subspace.safetensors"
+
+
+class AdaptiveSVDTrainer(TaskSequenceTrainer):
+    """Learn tasks one after another without forgetting: adaptive SVD (https://huggingface.co/papers/2504.07097).
+
+    Before each task the weight of every targeted layer is split into its largest singular directions, which are protected, and
+    the rest; the optimizer moves it inside the rest alone. The model stays an ordinary one with its own parameters at any
+    moment: checkpoints have nothing added, and the forward pass costs nothing.
+
+    The ranks of each task, what they were chosen from, and the singular vectors are in `subspace.safetensors` in the folder of
+    the task; `ranks` holds them for the present one.
+
+    Args:
+        model: as for `SFTTrainer`, not quantised and without adapters.
+        args: an `AdaptiveSVDConfig`; its defaults if not given.
+        tasks: `ContinualTask`s, or a mapping of names to training datasets.
+        kwargs: as for `SFTTrainer`.
+
+    Raises:
+        TypeError: `args` is not an `AdaptiveSVDConfig`.
+        ValueError: a model or an option that does not go with subspaces; see `find_targets` too.
+
+    Example:
+        ```python
+        from datasets import Dataset
+        from hf_ext import AdaptiveSVDConfig, AdaptiveSVDTrainer, ContinualTask
+
+        spanish = Dataset.from_list([{"prompt": "dog in Spanish:", "completion": " perro"}])
+        french = Dataset.from_list([{"prompt": "dog in French:", "completion": " chien"}])
+        tasks = [ContinualTask("spanish", spanish, spanish), ContinualTask("french", french, french)]
+        trainer = AdaptiveSVDTrainer("google/gemma-3-270m", AdaptiveSVDConfig("languages"), tasks)
+        trainer.train()
+        print(trainer.matrix.table())
+        ```
+    """
+
+    _tag_names = ["trl", "sft", "hf-ext", "adaptive-svd", "continual-learning"]  # noqa: RUF012
+    _name = "Adaptive SVD"
+    args: AdaptiveSVDConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: AdaptiveSVDConfig | None = None,
+        tasks: Iterable[ContinualTask] | Mapping[str, Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.name_or_path)
+            args = AdaptiveSVDConfig(f"{name.split('/')[-1]}-adaptive-svd")
+        if not isinstance(args, AdaptiveSVDConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}; AdaptiveSVDTrainer takes AdaptiveSVDConfig, a subclass."
+            )
+        for name in ("peft_config", "quantization_config", "optimizer_cls_and_kwargs"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} does not go with subspaces of plain weights: leave it out.")
+        if any(part is not None for part in kwargs.get("optimizers", ())):
+            raise ValueError("optimizers: every task makes its own; set optim, learning_rate and their like in args.")
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the model has adapters, and adaptive SVD trains the weights: call merge_and_unload() first."
+            )
+        super().__init__(model, args, tasks, **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP keep weights or gradients in pieces, which have no singular vectors: use plain data "
+                "parallelism (DDP)."
+            )
+        self._layers = find_targets(self.model, args.target_modules)
+        self._subspaces: dict[str, Subspace] = {}
+        targeted = {id(layer.weight) for layer in self._layers.values()}
+        if args.unprotected_lr_scale == 0:
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in targeted)
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Protected directions of each layer in the present task."""
+        return {name: subspace.rank for name, subspace in self._subspaces.items()}
+
+    def before_task(self, number: int, resumed: bool) -> None:
+        path = self.folder_of(number) / SUBSPACE_FILE
+        if resumed:
+            self._subspaces = _load(path, self._layers)
+        else:
+            bases = {name: singular_basis(layer.weight) for name, layer in self._layers.items()}
+            ranks, report = self._choose_ranks(number, bases)
+            self._subspaces = {
+                name: Subspace(*bases[name], ranks[name], layer.weight.shape[0] <= layer.weight.shape[1])
+                for name, layer in self._layers.items()
+            }
+            if self._keeps_files and self.is_world_process_zero():
+                _save(self._subspaces, report, path)
+        if all(len(s.values_P) == s.rank for s in self._subspaces.values()) and self.args.unprotected_lr_scale == 0:
+            raise ValueError(
+                f"task {self.tasks[number].name!r}: every direction is protected, so nothing is left to train."
+            )
+
+    def _choose_ranks(self, number: int, bases: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[dict[str, int], dict]:
+        """Ranks of all layers, and what they were chosen from."""
+        sizes = {name: len(values) for name, (_, values) in bases.items()}
+        if number == 0 or self.args.rank_rule == "uniform":
+            share = self.args.target_retention if number else self.args.first_task_retention
+            return ranks_from_ratios(dict.fromkeys(sizes, share), sizes), {"rank_rule": "uniform", "share": share}
+        found = self._observe(number - 1)
+        if self.args.rank_rule == "energy":
+            energies = {name: kept.energies(*bases[name]) for name, kept in found.items()}
+            ranks = {name: rank_from_energy(values, self.args.retained_energy) for name, values in energies.items()}
+            return ranks, {"rank_rule": "energy", "share": self.args.retained_energy}
+        importance = {name: kept.cosine for name, kept in found.items()}
+        ratios = retained_ratios(
+            importance, self.args.minimum_retention, self.args.target_retention, self.args.importance_score
+        )
+        reason = is_degenerate(importance, ratios)
+        if reason is not None:
+            warnings.warn(
+                f"task {self.tasks[number].name!r}: {reason}, so the ranks say little about the layers; rank_rule='energy' "
+                "or 'uniform' does not depend on these cosines.",
+                stacklevel=4,
+            )
+        return ranks_from_ratios(ratios, sizes), {"rank_rule": "adaptive", "importance": importance}
+
+    @torch.no_grad()
+    def _observe(self, number: int) -> dict[str, Any]:
+        """What passes the layers on the first rows of a task; every process sees the same ones."""
+        data: Any = self.prepared(number)
+        data = data.select(range(min(self.args.importance_rows, len(data))))
+        data = data.remove_columns([name for name in data.column_names if name not in ("input_ids", "labels")])
+        model = self.accelerator.unwrap_model(self.model)
+        masks: list[Tensor] = []
+        was_training = model.training
+        model.eval()
+        loader = DataLoader(data, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        with self.accelerator.autocast(), observed(self._layers, masks, self.args.rank_rule == "energy") as found:
+            for batch in loader:
+                batch = {name: value.to(self.accelerator.device) for name, value in batch.items() if name != "labels"}
+                masks[:] = [batch.get("attention_mask", torch.ones_like(batch["input_ids"]))]
+                model(**batch, use_cache=False, logits_to_keep=1)
+        model.train(was_training)
+        return found
+
+    def after_task(self, number: int) -> None:
+        self._subspace_optimizer().detach()
+        drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
+        self.log({"subspace/drift": max(drifts)})
+
+    # -- optimizer ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        weights = {id(layer.weight): self._subspaces[name] for name, layer in self._layers.items()}
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[bool, float], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                scale = 1.0 if id(parameter) in weights else self.args.unprotected_lr_scale
+                groups.setdefault((name in decayed, scale), []).append(parameter)
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        rate = options.pop("lr")
+        self.optimizer = SubspaceAdamW(
+            [
+                {"params": found, "weight_decay": self.args.weight_decay if decays else 0.0, "lr": rate * scale}
+                for (decays, scale), found in groups.items()
+            ],
+            {
+                layer.weight: self._subspaces[name]
+                for name, layer in self._layers.items()
+                # With nothing protected a weight is trained as any other.
+                if self._subspaces[name].rank
+            },
+            reduce_early=self.accelerator.num_processes == 1,
+            joint=self.args.projection == "joint",
+            lr=rate,
+            **options,
+        )
+        return self.optimizer
+
+    def _subspace_optimizer(self) -> SubspaceAdamW:
+        """The optimizer below accelerate's."""
+        wrapped: Any = self.optimizer
+        return wrapped.optimizer if isinstance(wrapped, AcceleratedOptimizer) else wrapped
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        return self._subspace_optimizer().clip_grad_norm_(self.args.max_grad_norm, model.parameters())
+
+
+def _save(subspaces: Mapping[str, Subspace], report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{name}.basis": subspace.basis_PP.cpu().contiguous() for name, subspace in subspaces.items()}
+    tensors |= {f"{name}.values": subspace.values_P.cpu() for name, subspace in subspaces.items()}
+    ranks = {name: subspace.rank for name, subspace in subspaces.items()}
+    scratch = path.with_suffix(".tmp")
+    save_file(tensors, scratch, {"ranks": json.dumps(ranks), "report": json.dumps(report)})
+    scratch.replace(path)
+
+
+def _load(path: Path, layers: Mapping[str, Any]) -> dict[str, Subspace]:
+    if not path.is_file():
+        raise ValueError(
+            f"there is no {path}, without which the task cannot go on: start again in another output_dir."
+        )
+    with safe_open(path, "pt") as file:
+        ranks = json.loads(file.metadata()["ranks"])
+        if set(ranks) != set(layers):
+            raise ValueError(f"{path} is of other layers: use the same model and target_modules as before.")
+        return {
+            name: Subspace(
+                file.get_tensor(f"{name}.basis").to(layer.weight.device),
+                file.get_tensor(f"{name}.values").to(layer.weight.device),
+                ranks[name],
+                layer.weight.shape[0] <= layer.weight.shape[1],
+            )
+            for name, layer in layers.items()
+        }

@@ -1,0 +1,327 @@
+"""One model, one task after another: `TaskSequenceTrainer`, a `trl.SFTTrainer` for a sequence of datasets.
+
+It trains the tasks in order, reads the scores on all of them after each, and writes everything below `output_dir`:
+
+    continual_state.json          tasks, how many are learnt, the task matrix; written last, under a temporary name
+    task_00_first/checkpoint-8/   checkpoints of one task, with optimizer and random state
+    task_00_first/                the model after the task
+
+so that no task overwrites another's checkpoints, and a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_ext.metrics.continual import TaskMatrix
+from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+
+STATE_FILE = "continual_state.json"
+
+
+@dataclass(frozen=True)
+class ContinualTask:
+    """One task of a sequence.
+
+    Attributes:
+        name: unique in the sequence.
+        train: a dataset as `SFTTrainer` takes it.
+        eval: the same, to be scored after every task; without one the task has no score.
+        options: the answers among which a model chooses, all that `completion` may be. The score is then the share of rows
+            whose completion is the most probable option, in percent; otherwise it is the share of answer tokens that are the
+            most probable ones, in percent.
+    """
+
+    name: str
+    train: Dataset
+    eval: Dataset | None = None
+    options: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"task {self.name!r}: use letters, digits, '.', '-' and '_', since it names a folder.")
+        if self.options is not None:
+            object.__setattr__(self, "options", tuple(self.options))
+        for split, data in (("train", self.train), ("eval", self.eval)):
+            if split == "eval" and data is None:
+                continue
+            if not isinstance(data, Dataset):
+                raise TypeError(f"task {self.name!r}: {split} is a {type(data).__name__}, not a datasets.Dataset.")
+            if not len(data):
+                raise ValueError(f"task {self.name!r} has no {split} rows.")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.options is None or self.eval is None:
+            return
+        if len(set(self.options)) < max(len(self.options), 2):
+            raise ValueError(f"task {self.name!r}: options={self.options!r} must be at least two different answers.")
+        if not {"prompt", "completion"} <= set(self.eval.column_names):
+            raise ValueError(f"task {self.name!r}: with options, eval needs the columns `prompt` and `completion`.")
+        for row, completion in enumerate(self.eval["completion"]):
+            if completion not in self.options:
+                raise ValueError(
+                    f"task {self.name!r}, eval row {row}: the completion {completion!r} is none of the options; they "
+                    "must be written alike, white space included."
+                )
+
+
+def read_tasks(tasks: Iterable[ContinualTask] | Mapping[str, Any]) -> list[ContinualTask]:
+    """The tasks of a sequence, checked; a mapping has names and training datasets.
+
+    Raises:
+        ValueError: no task, or a name that occurs twice.
+        TypeError: something that is no task.
+    """
+    found = [ContinualTask(n, data) for n, data in tasks.items()] if isinstance(tasks, Mapping) else list(tasks)
+    if not found:
+        raise ValueError("tasks is empty: give at least one.")
+    for task in found:
+        if not isinstance(task, ContinualTask):
+            raise TypeError(f"tasks: {task!r:.80} is a {type(task).__name__}, not a ContinualTask.")
+    names = [task.name for task in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"tasks: the names {twice} occur twice; each names a folder.")
+    return found
+
+
+class TaskSequenceTrainer(SFTTrainer):
+    """Fine-tune a model on one task after another; what subclasses do against forgetting goes into their hooks.
+
+    `train()` runs all tasks, each with a fresh optimizer and scheduler and its own random seed (`args.seed` + its number), and
+    `matrix` holds the scores: `matrix.metrics()`, `matrix.table()` and `matrix.plot(path)`.
+
+    Args:
+        model: as for `SFTTrainer`.
+        args: an `SFTConfig`; steps and epochs are those of each task. With `save_strategy="no"` nothing is written but the
+            state, and an interrupted run starts again.
+        tasks: `ContinualTask`s, or a mapping of names to training datasets.
+        kwargs: as for `SFTTrainer`.
+    """
+
+    args: SFTConfig
+    model: Any
+    processing_class: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: SFTConfig | None = None,
+        tasks: Iterable[ContinualTask] | Mapping[str, Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} has no place in a sequence of tasks: give tasks=[ContinualTask(...), ...].")
+        self.tasks = read_tasks(tasks)
+        self.task_number = 0
+        before = restore_forward(model)
+        super().__init__(model=model, args=args, train_dataset=self.tasks[0].train, **kwargs)
+        remember_forward(self.model, before)
+        self._prepared = {0: self.train_dataset}
+        self._choices: dict[int, tuple[Dataset, torch.Tensor]] = {}
+        self._rows: list[tuple[float | None, ...]] = []
+        self._before: tuple[float | None, ...] | None = None
+
+    # -- hooks for subclasses ----------------------------------------------------------------------------------------
+
+    def before_task(self, number: int, resumed: bool) -> None:
+        """Called with the weights as the task starts, or as it was interrupted; the optimizer is created afterwards."""
+
+    def after_task(self, number: int) -> None:
+        """Called when a task is learnt, before it is scored and saved."""
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Learn all tasks.
+
+        Args:
+            resume_from_checkpoint: go on with the run in `output_dir`; False and None start a new one, which must not have one
+                there.
+            args, kwargs: as for `Trainer.train`.
+
+        Raises:
+            ValueError: there is a run already, or none to go on with, or one of other tasks or another seed.
+        """
+        if resume_from_checkpoint not in (None, True, False):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: a sequence goes on from its folder, so give True."
+            )
+        finished = self._resumed() if resume_from_checkpoint else self._started()
+        result = None
+        for number in range(finished, len(self.tasks)):
+            checkpoint = self._last_checkpoint(number) if resume_from_checkpoint else None
+            self.task_number = number
+            set_seed(self.args.seed + number)
+            self.optimizer = self.lr_scheduler = None
+            self.train_dataset = self.prepared(number)
+            self.before_task(number, resumed=checkpoint is not None)
+            result = super().train(checkpoint, *args, **kwargs)
+            self.after_task(number)
+            self._finish(number)
+        return result
+
+    def prepared(self, number: int) -> Dataset:
+        """The training dataset of a task, tokenised."""
+        if number not in self._prepared:
+            task = self.tasks[number]
+            self._prepared[number] = self._tokenised(task.train, f"train ({task.name})")
+        return self._prepared[number]
+
+    def _tokenised(self, data: Dataset, name: str, packing: bool | None = None) -> Dataset:
+        packed = self.args.packing if packing is None else packing
+        return self._prepare_dataset(data, self.processing_class, self.args, packed, self._formatting_func, name)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.folder_of(self.task_number))
+
+    def folder_of(self, number: int) -> Path:
+        """Where the checkpoints of a task and the model after it are."""
+        return Path(str(self.args.output_dir)) / f"task_{number:02d}_{self.tasks[number].name}"
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def scores(self) -> tuple[float | None, ...]:
+        """Score of the model as it is on every task, in percent; None for tasks without `eval`."""
+        return tuple(None if task.eval is None else self._score(number) for number, task in enumerate(self.tasks))
+
+    def _score(self, number: int) -> float:
+        task = self.tasks[number]
+        assert task.eval is not None
+        if task.options is None:
+            found = self.evaluate(task.eval, metric_key_prefix=f"eval_{task.name}")
+            return 100 * found[f"eval_{task.name}_mean_token_accuracy"]
+        if number not in self._choices:
+            self._choices[number] = self._read_choices(task)
+        data, right = self._choices[number]
+        log_probs = self._log_probs(data).view_as(right)
+        chosen = log_probs.masked_fill(~right, -torch.inf).amax(-1) >= log_probs.amax(-1)
+        return 100 * float(chosen.double().mean())
+
+    def _read_choices(self, task: ContinualTask) -> tuple[Dataset, torch.Tensor]:
+        """(every evaluation row with every option, tokenised; which of them are right, `(rows, options)`)."""
+        assert task.eval is not None and task.options is not None
+        rows = [{**row, "completion": option} for row in task.eval for option in task.options]
+        right = torch.tensor([[option == answer for option in task.options] for answer in task.eval["completion"]])
+        data = self._tokenised(Dataset.from_list(rows), f"eval ({task.name})", packing=False)
+        if len(data) != right.numel():
+            raise ValueError(
+                f"task {task.name!r}: max_length={self.args.max_length} leaves no room for an answer in "
+                f"{right.numel() - len(data)} of {right.numel()} pairs of eval rows and options: raise it."
+            )
+        return data, right
+
+    @torch.no_grad()
+    def _log_probs(self, data: Dataset) -> torch.Tensor:
+        """Log-probability of the labelled tokens of each row, shared between the processes."""
+        columns = [name for name in data.column_names if name not in ("input_ids", "labels")]
+        rows: Any = data.remove_columns(columns)
+        loader = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        loader = self.accelerator.prepare_data_loader(loader)
+        model = self.accelerator.unwrap_model(self.model)
+        was_training, sums = model.training, []
+        model.eval()
+        with self.accelerator.autocast():
+            for batch in loader:
+                answer = batch.pop("labels") != -100
+                outputs = score_answers(model, base_of(model), {**batch, "use_cache": False}, answer)
+                sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
+        model.train(was_training)
+        return torch.cat(sums).cpu()
+
+    # -- the run on disk ---------------------------------------------------------------------------------------------
+
+    @property
+    def _keeps_files(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a run to go on: the tasks, their data, and the seed."""
+        data = {task.name: _digest(task.train) for task in self.tasks}
+        return {"tasks": list(data), "data": list(data.values()), "seed": self.args.seed}
+
+    def _started(self) -> int:
+        path = Path(str(self.args.output_dir)) / STATE_FILE
+        if path.exists():
+            raise ValueError(
+                f"{path} is of an earlier run: pass resume_from_checkpoint=True to go on with it, or another output_dir."
+            )
+        self._rows, self._before = [], self.scores()
+        self._write_state()
+        return 0
+
+    def _resumed(self) -> int:
+        """Tasks learnt so far; their scores, and the model after the last of them, are loaded."""
+        path = Path(str(self.args.output_dir)) / STATE_FILE
+        if not path.exists():
+            raise ValueError(
+                f"there is no {path}, so there is no run to go on with: leave resume_from_checkpoint out."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(f"{path} is of another run: its {name} are {state[name]}, and here they are {value}.")
+        self._rows, self._before = [tuple(row) for row in state["rows"]], tuple(state["before"])
+        if self._rows:
+            self._load_from_checkpoint(str(self.folder_of(len(self._rows) - 1)))
+        return len(self._rows)
+
+    def _last_checkpoint(self, number: int) -> str | None:
+        """The last complete one of a task: the state of the trainer is written last."""
+        found = [
+            path.parent for path in self.folder_of(number).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        ]
+        return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+    def _finish(self, number: int) -> None:
+        self._rows.append(self.scores())
+        if self._keeps_files:
+            self.save_model(str(self.folder_of(number)))
+        self._write_state()
+
+    def _write_state(self) -> None:
+        if not self._keeps_files:
+            return
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / STATE_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(".tmp")
+            state = {**self._identity(), "before": self._before, "rows": self._rows}
+            scratch.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(path)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def matrix(self) -> TaskMatrix:
+        """Scores after every task learnt so far.
+
+        Raises:
+            ValueError: no task is learnt.
+        """
+        if not self._rows:
+            raise ValueError("no task is learnt yet: call train().")
+        sizes = [0 if task.eval is None else len(task.eval) for task in self.tasks]
+        names = tuple(task.name for task in self.tasks)
+        return TaskMatrix(names, tuple(self._rows), self._before, sizes=tuple(sizes) if all(sizes) else None)
+
+
+def _digest(data: Dataset) -> str:
+    """Identifies a dataset by its columns, its length and its first rows."""
+    content = json.dumps([data.column_names, len(data), data[:100]], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
