@@ -55,7 +55,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
     Example:
         ```python
         from datasets import Dataset
-        from hf_ext import AdaptiveSVDConfig, AdaptiveSVDTrainer, ContinualTask
+        from hf_ext.trainers.adaptive_svd import AdaptiveSVDConfig, AdaptiveSVDTrainer, ContinualTask
 
         spanish = Dataset.from_list([{"prompt": "dog in Spanish:", "completion": " perro"}])
         french = Dataset.from_list([{"prompt": "dog in French:", "completion": " chien"}])
