@@ -113,10 +113,15 @@ def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace) ->
         subspace: of the weight.
     """
     rank = min(subspace.rank, usable_rank(subspace.values_P))
-    long_QK = weight_PQ.mT.to(rows_FQ.dtype) @ (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(
-        rows_FQ.dtype
-    )
-    return torch.addmm(rows_FQ, rows_FQ @ long_QK, long_QK.mT, alpha=-1)
+    kept_PK = subspace.basis_PP[:, :rank].to(rows_FQ.dtype)
+    scaled_PK = kept_PK / subspace.values_P[:rank].to(rows_FQ.dtype)
+    rows, (short, long) = len(rows_FQ), weight_PQ.shape
+    if short * long * rank + 2 * rows * long * rank < 2 * rows * short * (long + rank):
+        long_QK = weight_PQ.mT.to(rows_FQ.dtype) @ scaled_PK
+        return torch.addmm(rows_FQ, rows_FQ @ long_QK, long_QK.mT, alpha=-1)
+    # Without the basis of the long side, which takes longer where few directions are free.
+    inside_FP = rows_FQ @ weight_PQ.mT.to(rows_FQ.dtype) @ scaled_PK @ scaled_PK.mT
+    return torch.addmm(rows_FQ, inside_FP, weight_PQ.to(rows_FQ.dtype), alpha=-1)
 
 
 def reduce(gradient_NM: Tensor, weight_NM: Tensor, subspace: Subspace) -> Tensor:
