@@ -2,9 +2,9 @@
 
     python examples/forget_an_author.py
     python examples/forget_an_author.py --publish user/forgot-an-author
-    python examples/forget_an_author.py --rows 2 --epochs 10 --steps 8 --without-retrained    # a quick look
+    python examples/forget_an_author.py --rows 2 --epochs 6 --steps 5 --without-retrained    # a quick look
 
-Runs offline on the embedded Gemma 3 270M. Three models appear: one fine-tuned on both authors; one fine-tuned without the
+Runs offline on the embedded Gemma 3 270M, for about eight minutes on two cores. Three models appear: one fine-tuned on both authors; one fine-tuned without the
 author to forget, which shows what "forgotten" would look like; and the first one after FLAT has trained an adapter on it,
 with half of the answers about the other author as retain data. The other half, the neighbours, shows what that does to answers
 that FLAT did not see. The adapter is merged before publishing, because an adapter can be switched off. The texts are from TOFU,
@@ -38,7 +38,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "adapter_off": {},
     "quantization": {"bits": (4,)},
     "paraphrased_prompts": {},
-    "relearning": {"steps": (1, 2, 4), "learning_rate": 5e-5, "train_batch_size": 3},
+    "relearning": {"steps": (4,), "learning_rate": 5e-5, "train_batch_size": 3},
 }
 SHOWN = {
     "forget_Q_A_ROUGE": "answers to forget, ROUGE-L",
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
 
     def evaluated(model: Any, attacks: dict[str, Any], retrained: UnlearningReport | None = None) -> UnlearningReport:
         return evaluate_unlearning(
-            model, tokenizer, splits, retrained, attacks=attacks, batch_size=8, max_new_tokens=48, seed=options.seed
+            model, tokenizer, splits, retrained, attacks=attacks, batch_size=8, max_new_tokens=40, seed=options.seed
         )
 
     print(f"learning {options.rows} answers about {FORGET} and {len(kept)} about {KEEP}")

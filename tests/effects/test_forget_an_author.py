@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "forget_an_author.py"
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_the_example_publishes_what_it_measured(real_model_path, tmp_path, monkeypatch, capsys):
-    small = ["--rows", "2", "--epochs", "10", "--steps", "8", "--learning-rate", "1e-3", "--without-retrained"]
+    small = ["--rows", "2", "--epochs", "6", "--steps", "5", "--learning-rate", "1e-3", "--without-retrained"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *small, "--output", str(tmp_path / "out")])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out

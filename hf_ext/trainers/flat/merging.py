@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,13 +62,15 @@ def merged_copy(model: PeftModel) -> PreTrainedModel:
     base = base_of(model)
     configs = (base.config, base.config.get_text_config())
     declared, tied = [config.tie_word_embeddings for config in configs], _untie(base)
-    merged = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+    with warnings.catch_warnings():
+        # PEFT takes the copy of `_untie` for the user's wish and says in every case that the weights are no longer tied.
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        merged = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
     if tied:
         embedding, head = cast(Any, merged.get_input_embeddings()), cast(Any, merged.get_output_embeddings())
         same = equal(embedding.weight, head.weight)
         if same:
             head.weight = embedding.weight
-        # PEFT takes the copy of `_untie` for the user's wish and says False in every case.
         for config, before in zip(configs, declared, strict=True):
             config.tie_word_embeddings = before and same
     return merged
