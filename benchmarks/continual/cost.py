@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from benchmarks.cost import compare, show, table
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import Subspace, singular_basis
+from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
 NAME, SEED, REPEATS = "continual_cost", 0, 5
@@ -59,12 +61,15 @@ def full_step() -> Callable[[], None]:
 
 
 def our_step(retention: float, bases: dict[str, tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    model, subspaces = load(), {}
-    for name, layer in find_targets(model, None).items():
+    model = load()
+    layers = find_targets(model, None)
+    subspaces = {}
+    for name, layer in layers.items():
         rows, columns = layer.weight.shape
-        rank = math.floor(retention * min(rows, columns))
-        subspaces[layer.weight.requires_grad_()] = Subspace(*bases[name], rank, rows <= columns)
+        subspaces[layer.weight] = Subspace(*bases[name], math.floor(retention * min(rows, columns)), rows <= columns)
     optimizer = SubspaceAdamW(list(subspaces), subspaces, **OPTIONS)
+    for layer in layers.values():
+        tap(layer, subspaces[layer.weight], False, partial(optimizer.accumulate, layer.weight))
     return step_of(model, optimizer, lambda: optimizer.clip_grad_norm_(1.0))
 
 

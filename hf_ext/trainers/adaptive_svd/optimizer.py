@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from hf_ext.trainers.adaptive_svd.subspace import Subspace, expand, project, reduce
+from hf_ext.trainers.adaptive_svd.subspace import Subspace, expand, project, reduce, without_long_side
 
 
 class SubspaceAdamW(AdamW):
@@ -29,14 +29,12 @@ class SubspaceAdamW(AdamW):
     is drawn to 0, because drawing the weight itself to 0 would change what is protected; and a weight in bfloat16 is written
     as its start plus the change, both of which are exact, since small updates added to it would be rounded away.
 
-    The gradient of such a weight is reduced as soon as it is complete, and freed: `parameter.grad` is None then, and
+    The gradient of such a weight is reduced before the step, from `.grad` or from what `accumulate` was given instead, so that
     `clip_grad_norm_` of this class takes the place of torch's.
 
     Args:
         params: as for `AdamW`; weights with a subspace among them.
         subspaces: parameter -> what is protected of it, at its present value.
-        reduce_early: free the gradients during the backward. Must be False where something reads `.grad` before the step, as
-            distributed data parallelism does; they are reduced in the step then.
         joint: the paper's formula, for comparison: moments in the shape of the weight, a copy of its start, and hardly any
             protection.
         lr, betas, eps, weight_decay: of AdamW, also in groups. `fused` is for the other parameters.
@@ -50,7 +48,6 @@ class SubspaceAdamW(AdamW):
         params: Iterable[Any],
         subspaces: Mapping[Tensor, Subspace],
         *,
-        reduce_early: bool = True,
         joint: bool = False,
         **options: Any,
     ) -> None:
@@ -64,14 +61,8 @@ class SubspaceAdamW(AdamW):
         self._subspaces, self._joint = dict(subspaces), joint
         self._inward = partial(project, joint=True) if joint else reduce
         self._outward = partial(project, joint=True) if joint else expand
+        self._rows: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor] = {}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._reduce) for p in self._subspaces if reduce_early]
-
-    def detach(self) -> None:
-        """Take the hooks off the parameters, so that another optimizer can train them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -80,19 +71,23 @@ class SubspaceAdamW(AdamW):
         return self.state[parameter].get("start", parameter) if parameter in self.state else parameter
 
     @torch.no_grad()
-    def _reduce(self, parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        reduced = self._inward(gradient.float(), self._start(parameter).float(), self._subspaces[parameter])
-        if parameter in self._gradients:
-            self._gradients[parameter] += reduced
+    def accumulate(self, parameter: Tensor, rows_FQ: Tensor) -> None:
+        """Add to the gradient of a weight in coordinates of its free directions, not projected on the long side yet."""
+        if parameter in self._rows:
+            self._rows[parameter] += rows_FQ
         else:
-            self._gradients[parameter] = reduced
+            self._rows[parameter] = rows_FQ.float()
 
+    @torch.no_grad()
     def _reduce_all(self) -> None:
-        for parameter in self._subspaces:
-            if parameter.grad is not None:
-                self._reduce(parameter)
+        for parameter, subspace in self._subspaces.items():
+            if parameter in self._rows:
+                rows_FQ, start = self._rows.pop(parameter), subspace.oriented(self._start(parameter).float())
+                self._gradients[parameter] = without_long_side(rows_FQ, start, subspace)
+            elif parameter.grad is not None:
+                start = self._start(parameter).float()
+                self._gradients[parameter] = self._inward(parameter.grad.float(), start, subspace)
+                parameter.grad = None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, parameters: Iterable[Tensor] | None = None) -> Tensor:
@@ -113,6 +108,7 @@ class SubspaceAdamW(AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._rows.clear()
         self._gradients.clear()
 
     # -- the step ----------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def singular_basis(weight_NM: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(short @ short.mT)
     vectors, values = vectors.flip(-1), squares.flip(-1).clamp(min=0).sqrt()
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * largest.sign()).float(), values.float()
+    # A basis that is saved and loaded is contiguous, and products with it are to be the same to the last bit.
+    return (vectors * largest.sign()).float().contiguous(), values.float()
 
 
 def usable_rank(values_P: Tensor) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from hf_ext.trainers.adaptive_svd.subspace import Subspace
+
 
 class _Tap(torch.autograd.Function):
     """(outputs, inputs, a scalar that requires a gradient, sink) -> the outputs; the backward calls sink(inputs, gradient)."""
@@ -35,12 +37,25 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def tap(layer: nn.Module, sink: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Call `sink(inputs (T, M), gradient of the outputs (T, N))` in every backward pass through the layer.
+def tap(
+    layer: nn.Module, subspace: Subspace, inputs_first: bool, receive: Callable[[Tensor], None]
+) -> RemovableHandle:
+    """Call `receive` with the gradient of a layer's weight in coordinates `(F, Q)`, in every backward pass through the layer.
 
-    The weight itself needs no gradient then; the anchor keeps the outputs differentiable if nothing before them is.
+    Args:
+        layer: a linear layer, whose weight needs no gradient of its own then.
+        subspace: of its weight.
+        inputs_first: the weight is stored as inputs x outputs, as that of a `Conv1D`.
+        receive: adds up what it is given.
     """
+    free_PF = subspace.free_PF.contiguous()
+    short_outputs = subspace.wide != inputs_first
+    # Keeps the outputs differentiable if nothing before them is.
     anchor = torch.zeros((), requires_grad=True)
+
+    def sink(inputs_TM: Tensor, gradient_TN: Tensor) -> None:
+        short, long = (gradient_TN, inputs_TM) if short_outputs else (inputs_TM, gradient_TN)
+        receive((short @ free_PF.to(short.dtype)).mT @ long.to(short.dtype))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         return _Tap.apply(outputs, args[0], anchor, sink) if torch.is_grad_enabled() else outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_ext.trainers.adaptive_svd.config import AdaptiveSVDConfig
 from hf_ext.trainers.adaptive_svd.importance import (
@@ -26,6 +29,7 @@ from hf_ext.trainers.adaptive_svd.importance import (
 )
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, singular_basis
+from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets, observed
 from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
 
@@ -101,6 +105,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             )
         self._layers = find_targets(self.model, args.target_modules)
         self._subspaces: dict[str, Subspace] = {}
+        self._taps: list[RemovableHandle] = []
         targeted = {id(layer.weight) for layer in self._layers.values()}
         if args.unprotected_lr_scale == 0:
             for parameter in self.model.parameters():
@@ -175,7 +180,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         return found
 
     def after_task(self, number: int) -> None:
-        self._subspace_optimizer().detach()
+        self._open_taps()
         drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
         self.log({"subspace/drift": max(drifts)})
 
@@ -193,23 +198,42 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 groups.setdefault((name in decayed, scale), []).append(parameter)
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         rate = options.pop("lr")
-        self.optimizer = SubspaceAdamW(
+        subspaces = {
+            layer.weight: self._subspaces[name]
+            for name, layer in self._layers.items()
+            # With nothing protected a weight is trained as any other.
+            if self._subspaces[name].rank
+        }
+        self.optimizer = optimizer = SubspaceAdamW(
             [
                 {"params": found, "weight_decay": self.args.weight_decay if decays else 0.0, "lr": rate * scale}
                 for (decays, scale), found in groups.items()
             ],
-            {
-                layer.weight: self._subspaces[name]
-                for name, layer in self._layers.items()
-                # With nothing protected a weight is trained as any other.
-                if self._subspaces[name].rank
-            },
-            reduce_early=self.accelerator.num_processes == 1,
+            subspaces,
             joint=self.args.projection == "joint",
             lr=rate,
             **options,
         )
-        return self.optimizer
+        # Data parallelism sums the gradients of the weights themselves, and the paper's formula needs them whole.
+        if self.accelerator.num_processes == 1 and self.args.projection == "double":
+            self._close_taps(optimizer, subspaces)
+        return optimizer
+
+    def _close_taps(self, optimizer: SubspaceAdamW, subspaces: Mapping[Tensor, Subspace]) -> None:
+        """Compute gradients of protected weights in reduced coordinates, and none of the whole weights, during this task."""
+        for layer in self._layers.values():
+            if layer.weight in subspaces:
+                receive = partial(optimizer.accumulate, layer.weight)
+                inputs_first = isinstance(layer, Conv1D)
+                self._taps.append(tap(layer, subspaces[layer.weight], inputs_first, receive))
+                layer.weight.requires_grad_(False)
+
+    def _open_taps(self) -> None:
+        for handle in self._taps:
+            handle.remove()
+        self._taps.clear()
+        for layer in self._layers.values():
+            layer.weight.requires_grad_(True)
 
     def _subspace_optimizer(self) -> SubspaceAdamW:
         """The optimizer below accelerate's."""

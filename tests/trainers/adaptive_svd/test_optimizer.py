@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import drift, expand, split_weight
+from hf_ext.trainers.adaptive_svd.taps import tap
 
 SHAPES = [(16, 28), (28, 16), (20, 20)]
 
@@ -133,20 +137,44 @@ def test_nothing_protected_is_plain_adamw_and_all_protected_is_frozen(shape):
     assert (free.weight - plain.weight).norm() < 1e-2 * (plain.weight - before).norm()
 
 
-def test_early_and_late_reduction_agree_bit_for_bit():
-    """Late, the gradients of the micro-batches are summed before they are reduced."""
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tapped_gradients_are_those_of_the_whole_weight(shape, transposed):
+    """In two micro-batches, through a layer whose inputs need no gradient."""
+    inputs, targets = make_data(shape)
     layers = []
-    for early in (True, False):
-        layer = make_layer((12, 18))
-        _, optimizer = protected(layer, 5, reduce_early=early, weight_decay=0.1)
-        inputs, targets = make_data((12, 18))
-        (layer(inputs) - targets).square().mean().backward()
-        assert (layer.weight.grad is None) == early
-        optimizer.clip_grad_norm_(0.1)
+    for tapped in (False, True):
+        layer = make_layer(shape)
+        if transposed:
+            conv = Conv1D(shape[0], shape[1])
+            conv.load_state_dict({"weight": layer.weight.detach().mT.contiguous(), "bias": layer.bias.detach()})
+            layer = conv
+        subspace, optimizer = protected(layer, 5, weight_decay=0.1)
+        if tapped:
+            tap(layer, subspace, transposed, partial(optimizer.accumulate, layer.weight))
+            layer.weight.requires_grad_(False)
+        fit(layer, optimizer, (inputs, targets), 3, accumulation=2, clip=0.1)
         assert layer.weight.grad is None
-        optimizer.step()
         layers.append(layer)
-    assert layers[0].weight.equal(layers[1].weight)
+    torch.testing.assert_close(layers[1].weight, layers[0].weight, rtol=1e-4, atol=1e-5, check_stride=False)
+    torch.testing.assert_close(layers[1].bias, layers[0].bias)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_taps_under_gradient_checkpointing(reentrant):
+    layer, (inputs, targets) = make_layer((12, 18)), make_data((12, 18))
+    subspace = split_weight(layer.weight, 5)
+    found = []
+    tap(layer, subspace, False, found.append)
+    layer.weight.requires_grad_(False)
+    for recomputed in (False, True):
+        rows = inputs.clone().requires_grad_()
+        outputs = checkpoint(layer, rows, use_reentrant=reentrant) if recomputed else layer(rows)
+        (outputs - targets).square().mean().backward()
+    with torch.no_grad():
+        layer(inputs)
+    assert len(found) == 2
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_the_norm_is_that_of_what_can_change():
@@ -205,14 +233,6 @@ def test_another_basis_of_the_free_directions_protects_the_same():
     fit(layer, SubspaceAdamW(layer.parameters(), {layer.weight: subspace}, lr=1e-2), make_data((14, 14)), 10)
     fit(twin, SubspaceAdamW(twin.parameters(), {twin.weight: flipped}, lr=1e-2), make_data((14, 14)), 10)
     torch.testing.assert_close(twin.weight, layer.weight, rtol=1e-4, atol=1e-6)
-
-
-def test_hooks_can_be_taken_off():
-    layer = make_layer((4, 6))
-    _, optimizer = protected(layer, 2)
-    optimizer.detach()
-    layer(torch.ones(1, 6)).sum().backward()
-    assert layer.weight.grad is not None
 
 
 def test_a_closure_and_a_step_without_gradients():
