@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
@@ -42,7 +43,7 @@ class ContinualTask:
         train: a dataset as `SFTTrainer` takes it.
         eval: the same, to be scored after every task; without one the task has no score.
         options: the answers among which a model chooses, all that `completion` may be. The score is then the share of rows
-            whose completion is the most probable option, in percent; otherwise it is the share of answer tokens that are the
+            whose completion is the most probable option, in percent; otherwise it is the mean share of answer tokens that are the
             most probable ones, in percent.
     """
 
@@ -134,7 +135,7 @@ class TaskSequenceTrainer(SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=self.tasks[0].train, **kwargs)
         remember_forward(self.model, before)
         self._prepared = {0: self.train_dataset}
-        self._choices: dict[int, tuple[Dataset, torch.Tensor]] = {}
+        self._scored: dict[int, tuple[Dataset, torch.Tensor | None]] = {}
         self._rows: list[tuple[float | None, ...]] = []
         self._before: tuple[float | None, ...] | None = None
 
@@ -142,6 +143,9 @@ class TaskSequenceTrainer(SFTTrainer):
 
     def before_task(self, number: int, resumed: bool) -> None:
         """Called with the weights as the task starts, or as it was interrupted; the optimizer is created afterwards."""
+
+    def release_task(self, number: int) -> None:
+        """Called when the training of a task has ended, by an error or an interruption too."""
 
     def after_task(self, number: int) -> None:
         """Called when a task is learnt, before it is scored and saved."""
@@ -172,7 +176,10 @@ class TaskSequenceTrainer(SFTTrainer):
             self.optimizer = self.lr_scheduler = None
             self.train_dataset = self.prepared(number)
             self.before_task(number, resumed=checkpoint is not None)
-            result = super().train(checkpoint, *args, **kwargs)
+            try:
+                result = super().train(checkpoint, *args, **kwargs)
+            finally:
+                self.release_task(number)
             self.after_task(number)
             self._finish(number)
         return result
@@ -203,16 +210,19 @@ class TaskSequenceTrainer(SFTTrainer):
 
     def _score(self, number: int) -> float:
         task = self.tasks[number]
-        assert task.eval is not None
-        if task.options is None:
-            found = self.evaluate(task.eval, metric_key_prefix=f"eval_{task.name}")
-            return 100 * found[f"eval_{task.name}_mean_token_accuracy"]
-        if number not in self._choices:
-            self._choices[number] = self._read_choices(task)
-        data, right = self._choices[number]
-        log_probs = self._log_probs(data).view_as(right)
+        if number not in self._scored:
+            self._scored[number] = self._read_choices(task) if task.options else self._read_answers(task)
+        data, right = self._scored[number]
+        log_probs, top1 = self._read(data)
+        if right is None:
+            return 100 * float(top1.mean())
+        log_probs = log_probs.view_as(right)
         chosen = log_probs.masked_fill(~right, -torch.inf).amax(-1) >= log_probs.amax(-1)
         return 100 * float(chosen.double().mean())
+
+    def _read_answers(self, task: ContinualTask) -> tuple[Dataset, None]:
+        assert task.eval is not None
+        return self._tokenised(task.eval, f"eval ({task.name})", packing=False), None
 
     def _read_choices(self, task: ContinualTask) -> tuple[Dataset, torch.Tensor]:
         """(every evaluation row with every option, tokenised; which of them are right, `(rows, options)`)."""
@@ -228,22 +238,38 @@ class TaskSequenceTrainer(SFTTrainer):
         return data, right
 
     @torch.no_grad()
-    def _log_probs(self, data: Dataset) -> torch.Tensor:
-        """Log-probability of the labelled tokens of each row, shared between the processes."""
-        columns = [name for name in data.column_names if name not in ("input_ids", "labels")]
-        rows: Any = data.remove_columns(columns)
-        loader = DataLoader(rows, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        loader = self.accelerator.prepare_data_loader(loader)
+    def _read(self, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probability of the labelled tokens, share of them that are the most probable ones) of each row `(rows,)`.
+
+        The rows are shared between the processes.
+        """
+        loader = self.accelerator.prepare_data_loader(self.plain_loader(data))
         model = self.accelerator.unwrap_model(self.model)
-        was_training, sums = model.training, []
+        was_training, sums, shares = model.training, [], []
         model.eval()
         with self.accelerator.autocast():
             for batch in loader:
                 answer = batch.pop("labels") != -100
                 outputs = score_answers(model, base_of(model), {**batch, "use_cache": False}, answer)
+                share = outputs.is_top1.sum(-1) / answer[:, 1:].sum(-1)
                 sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
+                shares.append(self.accelerator.gather_for_metrics(share))
         model.train(was_training)
-        return torch.cat(sums).cpu()
+        return torch.cat(sums).cpu(), torch.cat(shares).double().cpu()
+
+    def plain_loader(self, data: Dataset) -> DataLoader:
+        """Batches of tokenised rows, one per row of a batch and padded, whatever the collator of the training does."""
+        pad = self.processing_class.pad_token_id
+
+        def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+            fills = {"input_ids": pad, "labels": -100, "attention_mask": 0}
+            rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+            return {
+                name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=fill)
+                for name, fill in fills.items()
+            }
+
+        return DataLoader(cast(Any, data), self.args.per_device_eval_batch_size, collate_fn=collate)
 
     # -- the run on disk ---------------------------------------------------------------------------------------------
 

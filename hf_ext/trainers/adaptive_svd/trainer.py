@@ -15,7 +15,6 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -163,24 +162,28 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
     @torch.no_grad()
     def _observe(self, number: int) -> dict[str, Any]:
         """What passes the layers on the first rows of a task; every process sees the same ones."""
-        data: Any = self.prepared(number)
+        data = self.prepared(number)
         data = data.select(range(min(self.args.importance_rows, len(data))))
-        data = data.remove_columns([name for name in data.column_names if name not in ("input_ids", "labels")])
         model = self.accelerator.unwrap_model(self.model)
         masks: list[Tensor] = []
         was_training = model.training
         model.eval()
-        loader = DataLoader(data, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         with self.accelerator.autocast(), observed(self._layers, masks, self.args.rank_rule == "energy") as found:
-            for batch in loader:
-                batch = {name: value.to(self.accelerator.device) for name, value in batch.items() if name != "labels"}
-                masks[:] = [batch.get("attention_mask", torch.ones_like(batch["input_ids"]))]
-                model(**batch, use_cache=False, logits_to_keep=1)
+            for batch in self.plain_loader(data):
+                masks[:] = [batch["attention_mask"].to(self.accelerator.device)]
+                ids = batch["input_ids"].to(self.accelerator.device)
+                model(input_ids=ids, attention_mask=masks[0], use_cache=False, logits_to_keep=1)
         model.train(was_training)
         return found
 
+    def release_task(self, number: int) -> None:
+        for handle in self._taps:
+            handle.remove()
+        self._taps.clear()
+        for layer in self._layers.values():
+            layer.weight.requires_grad_(True)
+
     def after_task(self, number: int) -> None:
-        self._open_taps()
         drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
         self.log({"subspace/drift": max(drifts)})
 
@@ -227,13 +230,6 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 inputs_first = isinstance(layer, Conv1D)
                 self._taps.append(tap(layer, subspaces[layer.weight], inputs_first, receive))
                 layer.weight.requires_grad_(False)
-
-    def _open_taps(self) -> None:
-        for handle in self._taps:
-            handle.remove()
-        self._taps.clear()
-        for layer in self._layers.values():
-            layer.weight.requires_grad_(True)
 
     def _subspace_optimizer(self) -> SubspaceAdamW:
         """The optimizer below accelerate's."""

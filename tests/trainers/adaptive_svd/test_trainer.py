@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.trainers.adaptive_svd import AdaptiveSVDConfig, AdaptiveSVDTrainer, ContinualTask
@@ -135,6 +135,34 @@ def test_weights_that_are_stored_transposed(tmp_path):
         not trainer.model.state_dict()[f"{name}.weight"].equal(before[f"{name}.weight"]) for name in trainer.ranks
     )
     assert [e["subspace/drift"] <= 1e-6 for e in trainer.state.log_history if "subspace/drift" in e] == [True]
+
+
+def test_tasks_without_options_are_scored_by_tokens(tmp_path):
+    """A model that has learnt a task by heart has all tokens right; a task without eval has no score."""
+    learnt, other = make_task("a", 0), make_task("b", 1, first=20)
+    tasks = [ContinualTask("a", learnt.train, learnt.eval), ContinualTask("b", other.train)]
+    trainer = trained(tmp_path, tasks=tasks, max_steps=60, learning_rate=5e-3, save_strategy="no")
+    assert trainer.matrix.scores[0] == (100.0, None) and trainer.matrix.before[0] < 60
+    assert trainer.matrix.average_accuracy() is None and trainer.matrix.micro_average() is None
+
+
+def test_packed_training_data(tmp_path):
+    """Scores and importance are read row by row all the same."""
+    trainer = trained(tmp_path, packing=True, max_length=16, save_strategy="no", max_steps=4)
+    assert len(trainer.prepared(1)) < 12 and len(trainer.matrix.scores) == 2
+
+
+def test_an_interrupted_task_leaves_the_model_trainable(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, first_task_retention=0.5)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert not any(layer._forward_hooks for layer in trainer._layers.values())
 
 
 # -- files and resuming ----------------------------------------------------------------------------------------------
