@@ -109,8 +109,8 @@ class TaskSequenceTrainer(SFTTrainer):
 
     Args:
         model: as for `SFTTrainer`.
-        args: an `SFTConfig`; steps and epochs are those of each task. With `save_strategy="no"` nothing is written but the
-            state, and an interrupted run starts again.
+        args: an `SFTConfig`; steps and epochs are those of each task. With `save_strategy="no"` nothing is written, and
+            an interrupted run starts again.
         tasks: `ContinualTask`s, or a mapping of names to training datasets.
         kwargs: as for `SFTTrainer`.
     """
