@@ -1,10 +1,10 @@
 """Gemma 3 270M learns three invented authors by heart and is made to forget one of them: what is forgotten, what stays, what comes back.
 
 The model is fine-tuned on the question-answer pairs of an author to forget and of two to keep; a second one, the retrained model, only on those of the two. Every
-method then trains a LoRA adapter with the same number of steps, with retain data, at two learning rates. `evaluate_unlearning` measures forget quality and model
+method then trains a LoRA adapter for five epochs, as in TOFU, with retain data, at two learning rates. `evaluate_unlearning` measures forget quality and model
 utility, rounds to 4 bits, and relearns from half of the rows.
 
-    python -m benchmarks.unlearning.author [--seeds 0 1]
+    python -m benchmarks.unlearning.author [--seeds 0 1] [--rates 5e-4 2e-4]
 
 A seed chooses the author to forget, the order of rows and the initial adapter. Finished runs are kept in the results file, so the script can be stopped and
 continued.
@@ -40,7 +40,7 @@ DATA = Path(__file__).parents[1] / "data" / "tofu.jsonl"
 FORGOTTEN = ("Hsiao Yun-Hwa", "Behrouz Rohani")
 KEPT = ("Jaime Vasquez", "Chukwu Akabueze")
 EPOCHS_TO_LEARN, LEARNING_RATE, BATCH = 12, 5e-4, 10
-STEPS, UNLEARN_BATCH = 10, 4
+EPOCHS, UNLEARN_BATCH = 5, 4
 RATES = (5e-4, 2e-4)
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -175,7 +175,7 @@ def unlearnt(arm: Arm, folder: Path, seed: int, tokenizer: Any) -> Any:
                 **shared_arguments(scratch, seed),
                 **arm.options,
                 learning_rate=arm.learning_rate,
-                max_steps=STEPS,
+                num_train_epochs=EPOCHS,
                 per_device_train_batch_size=UNLEARN_BATCH,
             ),
             train_dataset=pairs(rows("forget", FORGOTTEN[seed : seed + 1])),
@@ -199,25 +199,36 @@ def save(runs: list[dict[str, Any]]) -> None:
     write(NAME, {"command": "python -m benchmarks.unlearning.author", "runs": runs, "table": table(runs)})
 
 
+def on_frontier(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether no other run on the same author has both a higher forget quality and a higher utility."""
+    quality, utility = (run["metrics"].get(name, -1.0) for name in ("forget_quality", "model_utility"))
+    others = [other["metrics"] for other in runs if other["seed"] == run["seed"] and other["arm"]["name"] in METHODS]
+    return not any(o["forget_quality"] > quality and o["model_utility"] > utility for o in others)
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
     order = {arm.name: number for number, arm in enumerate(ARMS)}
     found = []
     for run in sorted(runs, key=lambda r: (r["seed"], order.get(r["arm"]["name"], -1), r["arm"]["learning_rate"])):
         metrics = run["metrics"]
         cells = [f"{metrics[name]:.2g}" if name in metrics else "" for name in SHOWN]
-        rate = f"{run['arm']['learning_rate']:g}" if run["arm"]["name"] in order else ""
-        found.append([FORGOTTEN[run["seed"]], run["arm"]["name"], rate, *cells])
+        unlearnt = run["arm"]["name"] in METHODS
+        rate = f"{run['arm']['learning_rate']:g}" if unlearnt else ""
+        mark = "*" if unlearnt and on_frontier(run, runs) else ""
+        found.append([FORGOTTEN[run["seed"]], run["arm"]["name"], rate, mark, *cells])
     note = (
-        f"Gemma 3 270M, 20 rows of the forgotten author, {STEPS} steps of {UNLEARN_BATCH} forget rows, as many refusals where the method has them and as many retain "
+        f"Gemma 3 270M, 20 rows of the forgotten author, {EPOCHS} epochs in steps of {UNLEARN_BATCH} of them, as many refusals where the method has them and as many retain "
         f"rows, LoRA of rank {ADAPTER['r']}. Forget quality is the p-value of the truth ratios against the retrained model, relearning the mean height of the curve of "
-        "answers preferred to three wrong ones while half of the rows are learnt again in 4 steps. `python -m benchmarks.unlearning.author` repeats it."
+        "answers preferred to three wrong ones while half of the rows are learnt again in 4 steps. A star marks the frontier: no other run has both more forget quality "
+        "and more utility. `python -m benchmarks.unlearning.author` repeats it."
     )
-    return markdown(["forgotten", "method", "lr", *SHOWN.values()], found) + "\n\n" + note
+    return markdown(["forgotten", "method", "lr", "frontier", *SHOWN.values()], found) + "\n\n" + note
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], choices=range(len(FORGOTTEN)))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     options = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bar()
@@ -225,7 +236,8 @@ def main() -> None:
     runs = stored_runs(NAME)
     for seed in options.seeds:
         done = [key(run) for run in runs]
-        todo = [arm for arm in ARMS if key({"arm": asdict(arm), "seed": seed}) not in done]
+        arms = [arm for arm in ARMS if arm.learning_rate in options.rates]
+        todo = [arm for arm in arms if key({"arm": asdict(arm), "seed": seed}) not in done]
         if not todo:
             continue
         kept, forgotten = rows("retain", KEPT), rows("forget", FORGOTTEN[seed : seed + 1])
