@@ -43,8 +43,8 @@ class AdaptiveSVDConfig(SFTConfig):
             Share of protected directions during the first task, for which there is no previous one, in [0, 1]. The paper
             protects nothing then; with a pretrained model, protect what it knows.
         projection (`str`, *optional*, defaults to `"double"`):
-            `"joint"` is the formula that the paper prints, which protects hardly more than plain fine-tuning; the paper's
-            code does what is called `"double"` here.
+            `"joint"` is the formula that the paper prints, which leaves all but the block of both protected sides free; the
+            paper's code does what is called `"double"` here.
         unprotected_lr_scale (`float`, *optional*, defaults to `1.0`):
             Factor of the learning rate of everything that has no subspace: embeddings, norms, biases, output layer; >= 0.
             0 freezes them.

@@ -35,8 +35,7 @@ class SubspaceAdamW(AdamW):
     Args:
         params: as for `AdamW`; weights with a subspace among them.
         subspaces: parameter -> what is protected of it, at its present value.
-        joint: the paper's formula, for comparison: moments in the shape of the weight, a copy of its start, and hardly any
-            protection.
+        joint: the paper's formula, for comparison: moments in the shape of the weight, and a copy of its start.
         lr, betas, eps, weight_decay: of AdamW, also in groups. `fused` is for the other parameters.
 
     Raises:

@@ -10,8 +10,8 @@ paper prints
 
     dW = D - U_h U_h^T D V_h V_h^T,                                                                        ("joint")
 
-which leaves the blocks between protected and free directions open, and protects no better than no constraint at all; the
-authors' code does what is called "double" here, with factors in the place of the weight.
+which leaves the blocks between protected and free directions open; the authors' code does what is called "double" here, with
+factors in the place of the weight.
 
 Everything is computed on the short side. Its singular vectors are the eigenvectors of the smaller Gram matrix, in float64;
 those of the long side are never stored, since V_h S_h = W^T U_h holds for the weight as it is at any time.
@@ -64,8 +64,7 @@ class Subspace(NamedTuple):
 def singular_basis(weight_NM: Tensor) -> tuple[Tensor, Tensor]:
     """(singular vectors of the short side `(P, P)`, singular values `(P,)`), largest first, float32.
 
-    From the eigenvectors of W W^T or W^T W in float64: an order of magnitude closer to the exact ones than a float32 SVD, and
-    several times faster. The sign of each vector is that which makes its largest entry positive.
+    From the eigenvectors of W W^T or W^T W in float64, which are closer to the exact ones than a float32 SVD. The sign of each vector is that which makes its largest entry positive.
 
     Raises:
         ValueError: the weight is not a matrix, or has entries that are not finite.

@@ -1,9 +1,9 @@
 """Advice on a sweep while it runs: which of a user's own runs looks worse early, and how often that was right.
 
 "Unveiling the Secret Recipe" (https://huggingface.co/papers/2412.13337) found that on the same data, configurations which end
-better show a lower gradient norm and a higher loss early. That is a statement about full fine-tuning of pretrained models near a
-minimum; on small models trained from scratch we found the opposite sign for the loss. So nothing is stopped here: each run is
-ranked among its like by both numbers, and the advice says in how many pairs of finished runs the same order was right.
+better show a lower gradient norm and a higher loss early. That is a statement about full fine-tuning of four pretrained models,
+and need not hold for others. So nothing is stopped here: each run is ranked among its like by both numbers, and the advice
+says in how many pairs of finished runs the same order was right.
 """
 
 from __future__ import annotations
