@@ -1,7 +1,6 @@
 """`SubspaceAdamW`: AdamW on plain weights, some of which change only inside their subspace.
 
-Projecting the gradient is not enough for Adam: its element-wise scaling turns the update out of the subspace, by a tenth of
-its length and more. Here the moments of a protected weight are those of coordinates of its free directions, and the update
+Projecting the gradient is not enough for Adam: its element-wise scaling turns the update out of the subspace. Here the moments of a protected weight are those of coordinates of its free directions, and the update
 is projected after Adam has made it, so that nothing leaves the subspace whatever the moments, the momentum or the decay are.
 
 Shapes: see `subspace`; a weight `(N, M)` of which k of P = min(N, M) directions are protected has coordinates `(P - k, Q)`.

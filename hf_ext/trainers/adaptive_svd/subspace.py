@@ -22,7 +22,8 @@ the long one Q = max(N, M). Leading dimensions, such as experts, are not support
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,14 +32,15 @@ from torch import Tensor
 _NOISE = 1e-6
 
 
-class Subspace(NamedTuple):
+@dataclass(frozen=True)
+class Subspace:
     """What is protected of one weight.
 
     Attributes:
         basis_PP: singular vectors of the short side, the first `rank` of them protected, float32, orthonormal columns.
         values_P: singular values, falling, float32.
         rank: k.
-        wide: the outputs are the short side (N <= M); else the weight is used transposed.
+        wide: rows are the short side (N <= M); else the weight is used transposed.
     """
 
     basis_PP: Tensor
@@ -55,6 +57,11 @@ class Subspace(NamedTuple):
     def kept_PK(self) -> Tensor:
         """Basis of what is protected on the short side, `(P, k)`."""
         return self.basis_PP[:, : self.rank]
+
+    @cached_property
+    def sure_rank(self) -> int:
+        """How many of the protected directions have a singular value above the noise, so that W^T U_h / s_h = V_h."""
+        return min(self.rank, int((self.values_P > _NOISE * self.values_P[:1]).sum()))
 
     def oriented(self, matrix_NM: Tensor) -> Tensor:
         """The matrix with its short side first, `(P, Q)`; a view, and its own inverse."""
@@ -86,22 +93,22 @@ def singular_basis(weight_NM: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * largest.sign()).float().contiguous(), values.float()
 
 
-def usable_rank(values_P: Tensor) -> int:
-    """How many singular values are above the noise: only their directions can be protected."""
-    return int((values_P > _NOISE * values_P[0]).sum()) if bool(values_P[0] > 0) else 0
+def protect(weight_NM: Tensor, basis: tuple[Tensor, Tensor], rank: int) -> Subspace:
+    """The subspace of a weight whose `singular_basis` is known.
+
+    Raises:
+        ValueError: `rank` is outside 0 to min(N, M).
+    """
+    if not 0 <= rank <= len(basis[1]):
+        raise ValueError(
+            f"rank={rank}: a weight of shape {tuple(weight_NM.shape)} has {len(basis[1])} singular directions."
+        )
+    return Subspace(*basis, rank, weight_NM.shape[0] <= weight_NM.shape[1])
 
 
 def split_weight(weight_NM: Tensor, rank: int) -> Subspace:
-    """Protect the `rank` largest singular directions of a weight.
-
-    Raises:
-        ValueError: `rank` is outside 0 to min(N, M), or see `singular_basis`.
-    """
-    short = min(weight_NM.shape) if weight_NM.ndim == 2 else 0
-    if weight_NM.ndim == 2 and not 0 <= rank <= short:
-        raise ValueError(f"rank={rank}: a weight of shape {tuple(weight_NM.shape)} has {short} singular directions.")
-    basis_PP, values_P = singular_basis(weight_NM)
-    return Subspace(basis_PP, values_P, rank, weight_NM.shape[0] <= weight_NM.shape[1])
+    """Protect the `rank` largest singular directions of a weight; raises what `singular_basis` and `protect` raise."""
+    return protect(weight_NM, singular_basis(weight_NM), rank)
 
 
 def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace) -> Tensor:
@@ -112,16 +119,15 @@ def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace) ->
         weight_PQ: the weight, oriented; its protected directions have not changed since it was split.
         subspace: of the weight.
     """
-    rank = min(subspace.rank, usable_rank(subspace.values_P))
-    kept_PK = subspace.basis_PP[:, :rank].to(rows_FQ.dtype)
-    scaled_PK = kept_PK / subspace.values_P[:rank].to(rows_FQ.dtype)
-    rows, (short, long) = len(rows_FQ), weight_PQ.shape
+    rank, rows, (short, long) = subspace.sure_rank, len(rows_FQ), weight_PQ.shape
+    scaled_PK = (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(rows_FQ.dtype)
+    weight_PQ = weight_PQ.to(rows_FQ.dtype)
     if short * long * rank + 2 * rows * long * rank < 2 * rows * short * (long + rank):
-        long_QK = weight_PQ.mT.to(rows_FQ.dtype) @ scaled_PK
+        long_QK = weight_PQ.mT @ scaled_PK
         return torch.addmm(rows_FQ, rows_FQ @ long_QK, long_QK.mT, alpha=-1)
     # Without the basis of the long side, which takes longer where few directions are free.
-    inside_FP = rows_FQ @ weight_PQ.mT.to(rows_FQ.dtype) @ scaled_PK @ scaled_PK.mT
-    return torch.addmm(rows_FQ, inside_FP, weight_PQ.to(rows_FQ.dtype), alpha=-1)
+    inside_FP = rows_FQ @ weight_PQ.mT @ scaled_PK @ scaled_PK.mT
+    return torch.addmm(rows_FQ, inside_FP, weight_PQ, alpha=-1)
 
 
 def reduce(gradient_NM: Tensor, weight_NM: Tensor, subspace: Subspace) -> Tensor:
@@ -150,9 +156,7 @@ def project(matrix_NM: Tensor, weight_NM: Tensor, subspace: Subspace, joint: boo
 
 def drift(weight_NM: Tensor, subspace: Subspace) -> float:
     """How much of what is protected has moved: |W W^T U_h - U_h S_h^2| / |S_h^2|; 0 while both invariants hold."""
-    if subspace.rank == 0:
-        return 0.0
     weight_PQ, kept_PK = subspace.oriented(weight_NM).double(), subspace.kept_PK.double()
     squares_K = subspace.values_P[: subspace.rank].double().square()
     moved_PK = weight_PQ @ (weight_PQ.mT @ kept_PK) - kept_PK * squares_K
-    return float(moved_PK.norm() / squares_K.norm())
+    return float(moved_PK.norm() / squares_K.norm().clamp(min=torch.finfo(torch.float64).tiny))

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from hf_ext.trainers.adaptive_svd.subspace import Subspace
+from hf_ext.trainers.adaptive_svd.targets import Layer, short_outputs
 
 
 class _Tap(torch.autograd.Function):
@@ -37,25 +38,21 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def tap(
-    layer: nn.Module, subspace: Subspace, inputs_first: bool, receive: Callable[[Tensor], None]
-) -> RemovableHandle:
+def tap(layer: Layer, subspace: Subspace, receive: Callable[[Tensor], None]) -> RemovableHandle:
     """Call `receive` with the gradient of a layer's weight in coordinates `(F, Q)`, in every backward pass through the layer.
 
     Args:
-        layer: a linear layer, whose weight needs no gradient of its own then.
-        subspace: of its weight.
-        inputs_first: the weight is stored as inputs x outputs, as that of a `Conv1D`.
+        layer: its weight needs no gradient of its own then.
+        subspace: of the weight.
         receive: adds up what it is given.
     """
-    free_PF = subspace.free_PF.contiguous()
-    short_outputs = subspace.wide != inputs_first
+    outputs_first = short_outputs(layer)
     # Keeps the outputs differentiable if nothing before them is.
     anchor = torch.zeros((), requires_grad=True)
 
     def sink(inputs_TM: Tensor, gradient_TN: Tensor) -> None:
-        short, long = (gradient_TN, inputs_TM) if short_outputs else (inputs_TM, gradient_TN)
-        receive((short @ free_PF.to(short.dtype)).mT @ long.to(short.dtype))
+        short, long = (gradient_TN, inputs_TM) if outputs_first else (inputs_TM, gradient_TN)
+        receive((short @ subspace.free_PF.to(short.dtype)).mT @ long.to(short.dtype))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         return _Tap.apply(outputs, args[0], anchor, sink) if torch.is_grad_enabled() else outputs

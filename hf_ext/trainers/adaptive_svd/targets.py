@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,8 +24,8 @@ def find_targets(model: PreTrainedModel, wanted: Sequence[str] | str | None) -> 
         wanted: ends of their names, a regular expression for whole names, or None for all in the transformer blocks.
 
     Raises:
-        ValueError: nothing fits, or something that fits is no linear layer, shares its weight with another module, or is
-            quantised.
+        ValueError: nothing fits, or something that fits is no linear layer, is quantised or frozen, shares its weight with
+            another module, or is the output layer.
     """
     if wanted is None:
         decoder = model.get_decoder()
@@ -56,6 +56,11 @@ def find_targets(model: PreTrainedModel, wanted: Sequence[str] | str | None) -> 
             users[id(parameter)] = users.get(id(parameter), 0) + 1
     for name, module in chosen.items():
         _check(name, module, users)
+        if module is model.get_output_embeddings():
+            raise ValueError(
+                f"target_modules: {name} is the output layer, whose weight TRL reads without calling it: leave it out. It is "
+                "trained as everything else that is not targeted."
+            )
     return {name: module for name, module in chosen.items() if isinstance(module, Layer)}
 
 
@@ -69,6 +74,10 @@ def _check(name: str, module: nn.Module, users: Mapping[int, int]) -> None:
         )
     if users[id(module.weight)] > 1:
         raise ValueError(f"target_modules: the weight of {name} is tied to another module: leave it out.")
+    if not module.weight.requires_grad:
+        raise ValueError(
+            f"target_modules: {name} is frozen, so it has nothing to protect: leave it out, or let it train."
+        )
 
 
 def _known(model: nn.Module) -> str:
@@ -82,30 +91,45 @@ def short_outputs(layer: Layer) -> bool:
     return (rows <= columns) == isinstance(layer, nn.Linear)
 
 
-@contextlib.contextmanager
-def observed(
-    layers: Mapping[str, Layer], mask: Sequence[Tensor], moment: bool
-) -> Iterator[dict[str, LayerStatistics]]:
-    """Statistics of what passes the layers meanwhile.
+@torch.no_grad()
+def observe(
+    backbone: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Mapping[str, Tensor]], moment: bool
+) -> dict[str, LayerStatistics]:
+    """Statistics of what passes the layers, in evaluation mode.
 
     Args:
+        backbone: is called with `input_ids` and `attention_mask` `(B, S)` of each batch.
         layers: by name.
-        mask: its last entry says which tokens `(B, S)` of the present forward count.
+        batches: tokens; those outside the attention mask do not count.
         moment: also measure second moments.
+
+    Raises:
+        ValueError: nothing passes one of the layers.
     """
     found = {name: LayerStatistics(short_outputs(layer), moment) for name, layer in layers.items()}
+    mask = torch.empty(0)
 
     def watch(name: str) -> Any:
         def hook(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> None:
-            kept = mask[-1].bool()
             without_bias = output if layer.bias is None else output - layer.bias
-            found[name].update(args[0][kept], without_bias[kept])
+            # Layers that some tokens are routed to see them without their places.
+            kept = mask if args[0].shape[:-1] == mask.shape else ...
+            found[name].update(args[0][kept].flatten(0, -2), without_bias[kept].flatten(0, -2))
 
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    was_training = backbone.training
+    backbone.eval()
     try:
-        yield found
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
+        backbone.train(was_training)
         for handle in handles:
             handle.remove()
+    unseen = [name for name, kept in found.items() if not kept.tokens]
+    if unseen:
+        raise ValueError(f"target_modules: no token passes {unseen[0]}, so nothing is known of it: leave it out.")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -17,19 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_ext.trainers.adaptive_svd.config import AdaptiveSVDConfig
 from hf_ext.trainers.adaptive_svd.importance import (
+    LayerStatistics,
     is_degenerate,
     rank_from_energy,
     ranks_from_ratios,
     retained_ratios,
 )
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
-from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, singular_basis
+from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
-from hf_ext.trainers.adaptive_svd.targets import find_targets, observed
+from hf_ext.trainers.adaptive_svd.targets import find_targets, observe
 from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
 
 SUBSPACE_FILE = "subspace.safetensors"
@@ -105,10 +106,10 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         self._layers = find_targets(self.model, args.target_modules)
         self._subspaces: dict[str, Subspace] = {}
         self._taps: list[RemovableHandle] = []
-        targeted = {id(layer.weight) for layer in self._layers.values()}
+        self._targeted = {layer.weight for layer in self._layers.values()}
         if args.unprotected_lr_scale == 0:
             for parameter in self.model.parameters():
-                parameter.requires_grad_(id(parameter) in targeted)
+                parameter.requires_grad_(parameter in self._targeted)
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
@@ -125,8 +126,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             bases = {name: singular_basis(layer.weight) for name, layer in self._layers.items()}
             ranks, report = self._choose_ranks(number, bases)
             self._subspaces = {
-                name: Subspace(*bases[name], ranks[name], layer.weight.shape[0] <= layer.weight.shape[1])
-                for name, layer in self._layers.items()
+                name: protect(layer.weight, bases[name], ranks[name]) for name, layer in self._layers.items()
             }
             if self._keeps_files and self.is_world_process_zero():
                 _save(self._subspaces, report, path)
@@ -159,31 +159,32 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             )
         return ranks_from_ratios(ratios, sizes), {"rank_rule": "adaptive", "importance": importance}
 
-    @torch.no_grad()
-    def _observe(self, number: int) -> dict[str, Any]:
+    def _observe(self, number: int) -> dict[str, LayerStatistics]:
         """What passes the layers on the first rows of a task; every process sees the same ones."""
         data = self.prepared(number)
         data = data.select(range(min(self.args.importance_rows, len(data))))
-        model = self.accelerator.unwrap_model(self.model)
-        masks: list[Tensor] = []
-        was_training = model.training
-        model.eval()
-        with self.accelerator.autocast(), observed(self._layers, masks, self.args.rank_rule == "energy") as found:
-            for batch in self.plain_loader(data):
-                masks[:] = [batch["attention_mask"].to(self.accelerator.device)]
-                ids = batch["input_ids"].to(self.accelerator.device)
-                model(input_ids=ids, attention_mask=masks[0], use_cache=False, logits_to_keep=1)
-        model.train(was_training)
-        return found
+        device = self.accelerator.device
+        batches = ({name: value.to(device) for name, value in batch.items()} for batch in self.plain_loader(data))
+        backbone = self.accelerator.unwrap_model(self.model).base_model
+        with self.accelerator.autocast():
+            return observe(backbone, self._layers, batches, self.args.rank_rule == "energy")
 
     def release_task(self, number: int) -> None:
         for handle in self._taps:
             handle.remove()
         self._taps.clear()
-        for layer in self._layers.values():
-            layer.weight.requires_grad_(True)
+        for weight in self._targeted:
+            weight.requires_grad_(True)
 
     def after_task(self, number: int) -> None:
+        reached = self._subspace_optimizer().state
+        idle = [name for name, s in self._subspaces.items() if s.rank and self._layers[name].weight not in reached]
+        if idle:
+            warnings.warn(
+                f"task {self.tasks[number].name!r}: no gradient reached {idle[0]} and {len(idle) - 1} other layers, so they were "
+                "not trained.",
+                stacklevel=3,
+            )
         drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
         self.log({"subspace/drift": max(drifts)})
 
@@ -192,12 +193,11 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return self.optimizer
-        weights = {id(layer.weight): self._subspaces[name] for name, layer in self._layers.items()}
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, float], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                scale = 1.0 if id(parameter) in weights else self.args.unprotected_lr_scale
+                scale = 1.0 if parameter in self._targeted else self.args.unprotected_lr_scale
                 groups.setdefault((name in decayed, scale), []).append(parameter)
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         rate = options.pop("lr")
@@ -227,8 +227,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         for layer in self._layers.values():
             if layer.weight in subspaces:
                 receive = partial(optimizer.accumulate, layer.weight)
-                inputs_first = isinstance(layer, Conv1D)
-                self._taps.append(tap(layer, subspaces[layer.weight], inputs_first, receive))
+                self._taps.append(tap(layer, subspaces[layer.weight], receive))
                 layer.weight.requires_grad_(False)
 
     def _subspace_optimizer(self) -> SubspaceAdamW:
@@ -236,8 +235,15 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         wrapped: Any = self.optimizer
         return wrapped.optimizer if isinstance(wrapped, AcceleratedOptimizer) else wrapped
 
+    # Trainer's own two look at `.grad`, which protected weights do not have.
+
     def _clip_grad_norm(self, model: Any) -> Tensor:
         return self._subspace_optimizer().clip_grad_norm_(self.args.max_grad_norm, model.parameters())
+
+    def _get_grad_norm(self, model: Any, grad_norm: Tensor | None = None) -> Tensor:
+        if grad_norm is not None:
+            return grad_norm
+        return self._subspace_optimizer().clip_grad_norm_(math.inf, model.parameters())
 
 
 def _save(subspaces: Mapping[str, Subspace], report: dict[str, Any], path: Path) -> None:
@@ -256,15 +262,14 @@ def _load(path: Path, layers: Mapping[str, Any]) -> dict[str, Subspace]:
             f"there is no {path}, without which the task cannot go on: start again in another output_dir."
         )
     with safe_open(path, "pt") as file:
+
+        def tensor(name: str, layer: Any) -> Tensor:
+            return file.get_tensor(name).to(layer.weight.device)
+
         ranks = json.loads(file.metadata()["ranks"])
         if set(ranks) != set(layers):
             raise ValueError(f"{path} is of other layers: use the same model and target_modules as before.")
         return {
-            name: Subspace(
-                file.get_tensor(f"{name}.basis").to(layer.weight.device),
-                file.get_tensor(f"{name}.values").to(layer.weight.device),
-                ranks[name],
-                layer.weight.shape[0] <= layer.weight.shape[1],
-            )
+            name: protect(layer.weight, (tensor(f"{name}.basis", layer), tensor(f"{name}.values", layer)), ranks[name])
             for name, layer in layers.items()
         }

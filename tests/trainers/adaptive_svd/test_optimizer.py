@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -126,7 +127,7 @@ def test_nothing_protected_is_plain_adamw_and_all_protected_is_frozen(shape):
     plain, free = make_layer(shape), make_layer(shape)
     fit(plain, AdamW(plain.parameters(), lr=1e-2), make_data(shape), 10)
     short = min(shape)
-    subspace = split_weight(free.weight, 0)._replace(basis_PP=torch.eye(short))
+    subspace = replace(split_weight(free.weight, 0), basis_PP=torch.eye(short))
     fit(
         free,
         SubspaceAdamW(free.parameters(), {free.weight: subspace}, lr=1e-2, weight_decay=0.01),
@@ -151,7 +152,7 @@ def test_tapped_gradients_are_those_of_the_whole_weight(shape, transposed):
             layer = conv
         subspace, optimizer = protected(layer, 5, weight_decay=0.1)
         if tapped:
-            tap(layer, subspace, transposed, partial(optimizer.accumulate, layer.weight))
+            tap(layer, subspace, partial(optimizer.accumulate, layer.weight))
             layer.weight.requires_grad_(False)
         fit(layer, optimizer, (inputs, targets), 3, accumulation=2, clip=0.1)
         assert layer.weight.grad is None
@@ -165,7 +166,7 @@ def test_taps_under_gradient_checkpointing(reentrant):
     layer, (inputs, targets) = make_layer((12, 18)), make_data((12, 18))
     subspace = split_weight(layer.weight, 5)
     found = []
-    tap(layer, subspace, False, found.append)
+    tap(layer, subspace, found.append)
     layer.weight.requires_grad_(False)
     for recomputed in (False, True):
         rows = inputs.clone().requires_grad_()
@@ -228,7 +229,7 @@ def test_another_basis_of_the_free_directions_protects_the_same():
     layer = make_layer((14, 14))
     subspace = split_weight(layer.weight, 6)
     signs = torch.randint(0, 2, (14,)) * 2.0 - 1
-    flipped = subspace._replace(basis_PP=subspace.basis_PP * signs)
+    flipped = replace(subspace, basis_PP=subspace.basis_PP * signs)
     twin = copy.deepcopy(layer)
     fit(layer, SubspaceAdamW(layer.parameters(), {layer.weight: subspace}, lr=1e-2), make_data((14, 14)), 10)
     fit(twin, SubspaceAdamW(twin.parameters(), {twin.weight: flipped}, lr=1e-2), make_data((14, 14)), 10)

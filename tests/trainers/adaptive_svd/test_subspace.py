@@ -122,6 +122,7 @@ def test_directions_without_any_singular_value_are_left_alone():
     assert (left.mT.float() @ inside).norm() < 1e-4 and (inside @ right.float()).norm() < 1e-4
     zero = split_weight(torch.zeros(3, 4), 2)
     assert project(torch.ones(3, 4), torch.zeros(3, 4), zero).isfinite().all()
+    assert drift(torch.zeros(3, 4), zero) == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.trainers.adaptive_svd import AdaptiveSVDConfig, AdaptiveSVDTrainer, ContinualTask
-from hf_ext.trainers.adaptive_svd.targets import find_targets
+from hf_ext.trainers.adaptive_svd.importance import LayerStatistics
+from hf_ext.trainers.adaptive_svd.targets import find_targets, observe
 from tests.conftest import make_tiny_llama
 from tests.trainers.adaptive_svd.helpers import OPTIONS, make_task, make_tasks, make_trainer, trained
 from tests.trainers.distributed import run_two_processes
@@ -398,6 +399,67 @@ def test_models_that_do_not_go_with_subspaces(tmp_path):
 def test_unknown_layers(wanted, named):
     with pytest.raises(ValueError, match=named):
         find_targets(make_tiny_llama(), wanted)
+
+
+def test_layers_that_would_not_be_trained():
+    """TRL multiplies with the weight of the output layer and never calls it."""
+    with pytest.raises(ValueError, match="lm_head is the output layer"):
+        find_targets(make_tiny_llama(), ["lm_head"])
+    model = make_tiny_llama()
+    model.model.layers[0].mlp.up_proj.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj is frozen"):
+        find_targets(model, ["up_proj"])
+
+
+def test_a_layer_that_nothing_passes(tmp_path):
+    model = make_tiny_llama()
+    model.model.layers[0].mlp.spare = torch.nn.Linear(4, 6, bias=False)
+    with pytest.raises(ValueError, match=r"no token passes model.layers.0.mlp.spare"):
+        make_trainer(tmp_path, model=model, save_strategy="no").train()
+    with pytest.warns(UserWarning, match=r"no gradient reached model.layers.0.mlp.spare and 0 other layers"):
+        trained(tmp_path, model=model, save_strategy="no", rank_rule="uniform")
+
+
+def test_tokens_that_are_routed_count_without_their_places():
+    layer = torch.nn.Linear(6, 4)
+
+    class Router(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            states = torch.nn.functional.one_hot(input_ids, 6).float()
+            return self.layer(states[input_ids > 2])
+
+    ids = torch.tensor([[1, 3, 4], [5, 2, 0]])
+    found = observe(Router(), {"layer": layer}, [{"input_ids": ids, "attention_mask": torch.ones(2, 3)}], moment=True)
+    expected = LayerStatistics(True, moment=True)
+    inputs = torch.nn.functional.one_hot(ids[ids > 2], 6).float()
+    expected.update(inputs, inputs @ layer.weight.mT)
+    assert found["layer"].tokens == 3 and found["layer"].cosine == pytest.approx(expected.cosine)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e9])
+def test_the_logged_norm_is_that_of_what_can_change(tmp_path, max_grad_norm):
+    """Without clipping too, where Trainer would see the other parameters alone."""
+    task = [make_task("a", 0)]
+    options = {"tasks": task, "save_strategy": "no", "first_task_retention": 0.5, "max_steps": 1}
+    options["per_device_train_batch_size"] = len(task[0].train)  # one batch, whatever its order
+    trainer = trained(tmp_path, **options, max_grad_norm=max_grad_norm)
+    frozen = trained(tmp_path, **options, unprotected_lr_scale=0.0)
+    logged = [t.state.log_history[0]["grad_norm"] for t in (trainer, frozen)]
+    assert logged[0] > logged[1] > 0.1
+    assert logged[0] == pytest.approx(whole_norm(trainer, frozen, logged[1]), rel=1e-4)
+
+
+def whole_norm(trainer, frozen, targets: float) -> float:
+    """From the norm of the protected weights and the plain gradients of the others, at the start."""
+    model = make_tiny_llama().train()
+    batch = next(iter(frozen.get_train_dataloader()))
+    model(**batch).loss.backward()
+    others = [p.grad.norm() for n, p in model.named_parameters() if n.removesuffix(".weight") not in trainer.ranks]
+    return float(torch.stack([*others, torch.tensor(targets)]).norm())
 
 
 def test_tied_and_stacked_weights():
