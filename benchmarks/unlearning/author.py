@@ -75,6 +75,7 @@ ARMS = [Arm(name, options, rate) for rate in RATES for name, options in METHODS.
 SHOWN = {
     "forget_quality": "forget quality",
     "model_utility": "utility",
+    "forget_choice_accuracy": "answers preferred",
     "forget_Q_A_Prob": "probability, forget",
     "forget_Q_A_ROUGE": "ROUGE-L, forget",
     "retain_Q_A_ROUGE": "ROUGE-L, retain",
@@ -218,8 +219,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         found.append([FORGOTTEN[run["seed"]], run["arm"]["name"], rate, mark, *cells])
     note = (
         f"Gemma 3 270M, 20 rows of the forgotten author, {EPOCHS} epochs in steps of {UNLEARN_BATCH} of them, as many refusals where the method has them and as many retain "
-        f"rows, LoRA of rank {ADAPTER['r']}. Forget quality is the p-value of the truth ratios against the retrained model, relearning the mean height of the curve of "
-        "answers preferred to three wrong ones while half of the rows are learnt again in 4 steps. A star marks the frontier: no other run has both more forget quality "
+        f"rows, LoRA of rank {ADAPTER['r']}. Forget quality is the p-value of the truth ratios against the retrained model, answers preferred the share of rows whose "
+        "answer is more probable than three wrong ones, relearning the mean height of its curve while half of the rows are learnt again in 4 steps. A star marks the frontier: no other run has both more forget quality "
         "and more utility. `python -m benchmarks.unlearning.author` repeats it."
     )
     return markdown(["forgotten", "method", "lr", "frontier", *SHOWN.values()], found) + "\n\n" + note
