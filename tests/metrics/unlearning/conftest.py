@@ -1,4 +1,4 @@
-"""Invented islands, a model that knows them all, and models that never saw three of them."""
+"""Invented islands, a model that knows them all, models that never saw three of them, and reports on both."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_ext.metrics.unlearning import ATTACKS, UnlearningReport, evaluate_unlearning
 from tests.conftest import make_tiny_llama
 from tests.metrics.editing.conftest import SPECIALS, train, wrap
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "unlearning_metrics"
 RECORDS: list[dict[str, Any]] = [json.loads(line) for line in (DATA / "islands.jsonl").open(encoding="utf-8")]
 KEPT_ISLANDS = 5
+OPTIONS = {"max_new_tokens": 24, "batch_size": 32}
+RELEARNING = {"relearning": {"steps": (2, 8), "learning_rate": 1e-3}}
+FAST = {"sampling": {"samples": 3}, **RELEARNING}
 
 
 def island_splits() -> dict[str, list[dict[str, Any]]]:
@@ -95,3 +102,66 @@ def retrained_again(_retrained_again) -> LlamaForCausalLM:
 @pytest.fixture
 def splits() -> dict[str, list[dict[str, Any]]]:
     return island_splits()
+
+
+def few(splits):
+    return {name: rows[:4] for name, rows in splits.items()}
+
+
+def everything():
+    return {**{name: {} for name in ATTACKS}, **FAST}
+
+
+@pytest.fixture(scope="session")
+def retrained_report(_retrained, island_tok) -> UnlearningReport:
+    return evaluate_unlearning(_retrained, island_tok, island_splits(), attacks=everything(), **OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def full_report(_full, _retrained, island_tok) -> UnlearningReport:
+    return evaluate_unlearning(_full, island_tok, island_splits(), _retrained, attacks=everything(), **OPTIONS)
+
+
+class Snapshot:
+    """Everything about a model that an attack might change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.random = torch.get_rng_state()
+        self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.parameters = [
+            (name, id(p), p.data_ptr(), p.dtype, p.requires_grad, None if p.grad is None else p.grad.clone())
+            for name, p in model.named_parameters()
+        ]
+        self.modes = [module.training for module in model.modules()]
+
+    def check(self) -> None:
+        other = Snapshot(self.model)
+        assert torch.equal(self.random, other.random)
+        assert list(self.values) == list(other.values)
+        assert all(torch.equal(value, other.values[name]) for name, value in self.values.items())
+        for one, two in zip(self.parameters, other.parameters, strict=True):
+            assert one[:5] == two[:5]
+            assert (one[5] is None) == (two[5] is None) and (one[5] is None or torch.equal(one[5], two[5]))
+        assert self.modes == other.modes
+
+
+def adapted(model, seed=0, scale=0.05, **options):
+    """The model with a LoRA adapter that does something."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.5, **options}
+    tuned = get_peft_model(model, LoraConfig(**options))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=scale)
+    return tuned.eval()
+
+
+def untouchable(model):
+    """Whatever is refused is refused before the model computes anything."""
+
+    def refuse(module, args, kwargs):
+        raise AssertionError("a forward pass")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    return model

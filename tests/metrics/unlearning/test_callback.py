@@ -8,12 +8,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ext.metrics.unlearning import UnlearningEvalCallback, evaluate_unlearning
 from tests.conftest import make_tiny_llama
+from tests.metrics.unlearning.conftest import few
 
 OPTIONS = {"attacks": {"relearning": {"steps": (1,)}}, "max_new_tokens": 24, "batch_size": 32}
-
-
-def few(splits):
-    return {name: rows[:4] for name, rows in splits.items()}
 
 
 def make_trainer(tokenizer, rows, folder, **arguments) -> Trainer:

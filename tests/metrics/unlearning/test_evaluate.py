@@ -7,45 +7,16 @@ import dataclasses
 import json
 import math
 import stat
-import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy import stats
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_ext.metrics.unlearning import (
-    ATTACKS,
-    PromptFormat,
-    UnlearningReport,
-    answer_scores,
-    evaluate,
-    evaluate_unlearning,
-)
+from hf_ext.metrics.unlearning import UnlearningReport, answer_scores, evaluate, evaluate_unlearning
 from hf_ext.metrics.unlearning.scores import NotFiniteError
-from tests.conftest import make_tiny_llama
 from tests.metrics.editing.conftest import train
-from tests.metrics.unlearning.conftest import island_splits
-from tests.metrics.unlearning.test_attacks import Snapshot
-
-OPTIONS = {"max_new_tokens": 24, "batch_size": 32}
-RELEARNING = {"relearning": {"steps": (2, 8), "learning_rate": 1e-3}}
-FAST = {"sampling": {"samples": 3}, **RELEARNING}
-
-
-def everything(attacks=FAST):
-    return {**{name: {} for name in ATTACKS}, **attacks}
-
-
-@pytest.fixture(scope="module")
-def retrained_report(_retrained, island_tok) -> UnlearningReport:
-    return evaluate_unlearning(_retrained, island_tok, island_splits(), attacks=everything(), **OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def full_report(_full, _retrained, island_tok) -> UnlearningReport:
-    return evaluate_unlearning(_full, island_tok, island_splits(), _retrained, attacks=everything(), **OPTIONS)
+from tests.metrics.unlearning.conftest import OPTIONS, RELEARNING, Snapshot, everything, few
 
 
 def test_a_model_that_knows(full_report):
@@ -239,252 +210,7 @@ def test_verbatim_texts(full, island_tok, splits):
     assert report.metrics["forget_verbmem_ROUGE"] == report.metrics["verbmem_extraction_strength"] == 1.0
 
 
-# -- Logs of OpenUnlearning -------------------------------------------------------------------------------------------
-
-
-def foreign(report: UnlearningReport, *names: str) -> dict:
-    """The log that OpenUnlearning writes: metrics only, rows numbered."""
-    log = json.loads(json.dumps({name: report.logs[name] for name in names}))
-    for entry in log.values():
-        entry.pop("interval")
-        if "value_by_index" in entry:
-            entry["value_by_index"] = {str(i): value for i, value in enumerate(entry["value_by_index"].values())}
-    return log
-
-
-NAMES = ("forget_truth_ratio", "forget_Q_A_PARA_Prob", "forget_Q_A_PERT_Prob", "forget_Q_A_ROUGE", "mia_min_k")
-
-
-def test_foreign_logs_serve_as_reference(full, full_report, retrained_report, island_tok, splits, tmp_path):
-    path = tmp_path / "TOFU_EVAL.json"
-    path.write_text(json.dumps(foreign(retrained_report, *NAMES)))
-    report = evaluate_unlearning(full, island_tok, splits, path, attacks=(), **OPTIONS)
-    assert report.metrics["forget_quality"] == full_report.metrics["forget_quality"]
-    assert report.metrics["privleak"] == pytest.approx(full_report.metrics["privleak"])
-    assert "mia_reference" not in report.logs
-    ratios = foreign(retrained_report, "forget_truth_ratio")
-    report = evaluate_unlearning(full, island_tok, splits, ratios, attacks=(), **OPTIONS)
-    assert report.metrics["forget_quality"] == full_report.metrics["forget_quality"]
-    report = evaluate_unlearning(
-        full, island_tok, splits, foreign(retrained_report, "mia_min_k"), attacks=(), **OPTIONS
-    )
-    assert report.logs["forget_quality"]["reason"] == "the log of the retrained model has no truth ratios"
-
-
-def test_foreign_logs_of_other_questions(full, retrained_report, island_tok, splits):
-    def refused(log, message):
-        with pytest.raises(ValueError, match=message):
-            evaluate_unlearning(full, island_tok, splits, log, attacks=(), **OPTIONS)
-
-    log = foreign(retrained_report, *NAMES)
-    log["forget_Q_A_ROUGE"]["value_by_index"]["2"]["ground_truth"] = "something else"
-    refused(log, r"other questions: it has the answer 'something else' where split 'forget', row 'Dusias-founded' has")
-    log = foreign(retrained_report, "forget_truth_ratio")
-    log["forget_truth_ratio"]["value_by_index"].pop("3")
-    refused(log, "forget_truth_ratio has 23 rows, split 'forget' 24")
-    log = foreign(retrained_report, "forget_truth_ratio")
-    for value in log["forget_truth_ratio"]["value_by_index"].values():
-        value["score"] = 1 / (1 + value["score"])
-    refused(log, r"every forget_truth_ratio score is at most 1, so it may be P\(correct\)/")
-    refused({}, "retrained holds no metric")
-    refused([1], "retrained is list; pass a model, a report, or a log of metrics")
-    log = foreign(retrained_report, "forget_truth_ratio")
-    records = log["forget_truth_ratio"]["value_by_index"]
-    records["Elsewhere-flag"] = records.pop("3")
-    refused(log, "forget_truth_ratio has the row 'Elsewhere-flag', which is neither an id of split 'forget'")
-
-
-def test_foreign_logs_with_gaps(full, retrained_report, island_tok, splits):
-    """Before the first forward pass, with the name of the log and of the row."""
-    untouchable(full)
-
-    def refused(message, **changes):
-        log = foreign(retrained_report, *NAMES, "mia_loss")
-        for name, (path, value) in changes.items():
-            place = log[name]
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = value
-        with pytest.raises(ValueError, match=message):
-            evaluate_unlearning(full, island_tok, splits, log, attacks=("quantization",), **OPTIONS)
-
-    rows = "value_by_index"
-    refused("retrained: mia_min_k has the agg_value None; measure it again", mia_min_k=(["agg_value"], None))
-    refused(
-        "forget_truth_ratio row '1' has no number 'score' in {'score': None}",
-        forget_truth_ratio=([rows, "1", "score"], None),
-    )
-    refused("forget_truth_ratio row '2' has no number", forget_truth_ratio=([rows, "2"], None))
-    refused(
-        "forget_Q_A_PERT_Prob row '0' has no number 'avg_loss'",
-        forget_Q_A_PERT_Prob=([rows, "0", "avg_loss"], [1.0, None, 2.0]),
-    )
-    refused(
-        r"the rows of forget_Q_A_PERT_Prob have \[1, 4\] values of 'avg_loss'",
-        forget_Q_A_PERT_Prob=([rows, "0", "avg_loss"], [1.0]),
-    )
-    refused(
-        "mia_loss, part 'holdout', row '0' has no number 'score'",
-        mia_loss=(["holdout"], {rows: {str(index): {"score": math.nan} for index in range(24)}}),
-    )
-    refused("mia_loss, part 'holdout', has 0 rows, split 'holdout' 24", mia_loss=(["holdout"], {rows: {}}))
-    refused("it has the answer 'None' where", forget_Q_A_ROUGE=([rows, "5", "ground_truth"], None))
-
-
-def test_foreign_rows_are_paired_by_key(full, full_report, retrained_report, island_tok, splits):
-    log = foreign(retrained_report, *NAMES, "mia_loss")
-    for part in ("forget", "holdout"):
-        records = log["mia_loss"][part]["value_by_index"].values()
-        numbered = {str(index): record for index, record in enumerate(records)}
-        log["mia_loss"][part]["value_by_index"] = dict(sorted(numbered.items(), key=lambda pair: pair[1]["score"]))
-    for name in NAMES[1:4]:
-        records = log[name]["value_by_index"]
-        log[name]["value_by_index"] = dict(reversed(records.items())) if name != NAMES[1] else records
-    report = evaluate_unlearning(full, island_tok, splits, log, attacks=(), **OPTIONS)
-    assert report.metrics["mia_reference"] == pytest.approx(full_report.metrics["mia_reference"], abs=1e-9)
-    assert report.metrics["forget_quality"] == full_report.metrics["forget_quality"]
-
-
-def test_a_folder_is_no_report(full, island_tok, splits, tmp_path):
-    for path in (tmp_path, str(tmp_path), "someone/a-model"):
-        with pytest.raises(
-            ValueError, match=r"is no file; .* load the model with AutoModelForCausalLM.from_pretrained"
-        ):
-            evaluate_unlearning(untouchable(full), island_tok, splits, path, **OPTIONS)
-
-
-def test_own_reports_of_other_rows_or_settings(full, retrained_report, island_tok, splits):
-    def refused(message, rows=splits, **options):
-        with pytest.raises(ValueError, match=message):
-            evaluate_unlearning(full, island_tok, rows, retrained_report, **{**OPTIONS, "attacks": (), **options})
-
-    refused(r"with max_new_tokens=24, not 30; use the same", max_new_tokens=30)
-    refused(r"with seed=0, not 3; use the same", seed=3)
-    refused(r"with format=.*append_eos.*use the same", format=PromptFormat(append_eos=False))
-    refused(r"attacked with quantization=.*use the same", attacks={"quantization": {"bits": (3,)}})
-    refused(r"other rows of split 'holdout' \(24 rows, here 23\)", {**splits, "holdout": splits["holdout"][1:]})
-    changed = [{**row, "perturbed": row["perturbed"][::-1]} for row in splits["forget"]]
-    refused(r"other rows of split 'forget' \(24 rows, here 24\)", {**splits, "forget": changed})
-
-
-# -- What is refused, and what is found -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"forget": None}, {}, "splits has no 'forget' among"),
-        ({"retain": []}, {}, "split 'retain' has no rows"),
-        ({"holdout": "forget"}, {}, "split 'holdout', row 'Dusias-flag' is also row 'Dusias-flag' of split 'forget'"),
-        ({"retain": "forget"}, {}, "split 'retain', row 'Dusias-flag' is also row"),
-        (
-            {"holdout": "retain"},
-            {},
-            "split 'holdout', row 'Rezeobra-flag' is also row 'Rezeobra-flag' of split 'retain'",
-        ),
-        ({}, {"attacks": ("magic",)}, "attacks: 'magic' is unknown; choose from"),
-        ({}, {"attacks": {"quantization": {"bit": 4}}}, "attacks: 'quantization' has no option 'bit'; it takes"),
-        ({}, {"attacks": {"quantization": 4}}, "attacks: the options of 'quantization' are 4; pass a dict"),
-        (
-            {},
-            {"attacks": {"quantization": {"bits": 4}}},
-            "'quantization': bits=4 must be a list of whole numbers from 2",
-        ),
-        (
-            {},
-            {"attacks": {"quantization": {"bits": (16,)}}},
-            r"bits=\(16,\) must be a list of whole numbers from 2 to 8",
-        ),
-        ({}, {"attacks": {"sampling": {"samples": 0}}}, "'sampling': samples=0 must be a whole number of at least 1"),
-        ({}, {"attacks": {"relearning": {"steps": ()}}}, r"'relearning': steps=\(\) must be a list of increasing"),
-        ({}, {"attacks": {"relearning": {"steps": (4, 2)}}}, r"steps=\(4, 2\) must be a list of increasing"),
-        ({}, {"attacks": {"relearning": {"learning_rate": "1e-4"}}}, "learning_rate='1e-4' must be a number above 0"),
-        ({}, {"attacks": {"relearning": {"train_batch_size": 2.0}}}, "train_batch_size=2.0 must be a whole number"),
-        ({}, {"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
-        ({}, {"max_new_tokens": 8.0}, "max_new_tokens=8.0 must be a whole number of at least 1"),
-        ({}, {"seed": -1}, "seed=-1 must be a whole number of at least 0"),
-        ({}, {"format": {"separator": " "}}, "format={.*} must be a PromptFormat"),
-        ({}, {"stop_strings": "is"}, "stop_strings='is' must be a list of texts"),
-        ({}, {"max_new_tokens": 122}, "9 prompt tokens and max_new_tokens=122 do not fit into the context of 128"),
-        (
-            {},
-            {"attacks": ("in_context",), "max_new_tokens": 112},
-            "row 'Dusias-flag/context': .* do not fit into the context of 128; .*; or leave out the attack 'in_context'",
-        ),
-        ({}, {"max_new_tokens": 5}, "split 'forget', row 'Dusias-flag': the answer has 7 tokens but max_new_tokens=5"),
-        ({}, {"stop_strings": ["is"]}, "the answer holds the stop string 'is'; remove it from stop_strings"),
-    ],
-)
-def test_refusals(full, island_tok, splits, changes, options, message):
-    rows = dict(splits)
-    for name, value in changes.items():
-        rows[name] = splits[value] if isinstance(value, str) else value
-    rows = {name: value for name, value in rows.items() if value is not None}
-    with pytest.raises(ValueError, match=message):
-        evaluate_unlearning(untouchable(full), island_tok, rows, **{**OPTIONS, **options})
-
-
-def untouchable(model):
-    """Whatever is refused is refused before the model computes anything."""
-
-    def refuse(module, args, kwargs):
-        raise AssertionError("a forward pass")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    return model
-
-
-def test_late_refusals_come_first(full, retrained, island_tok, splits):
-    def refused(message, rows=None, retrained=None, **options):
-        with pytest.raises(ValueError, match=message):
-            evaluate_unlearning(full, island_tok, rows or splits, retrained, **{**OPTIONS, **options})
-
-    untouchable(full)
-    copies = [{**row, "id": f"{row['id']}-again"} for row in splits["forget"][:4]]
-    refused("split 'forget', row .* is also row .* of split 'forget'", {**splits, "forget": splits["forget"] + copies})
-    full.config.max_position_embeddings = 20
-    # The retrained model has to wait, too.
-    refused("do not fit into the context of 20", retrained=untouchable(retrained))
-    full.config.max_position_embeddings = 128
-    full.generation_config.eos_token_id = island_tok.convert_tokens_to_ids("is")
-    refused("an ordinary token")
-
-
-def test_every_model_has_a_context(island_tok, splits):
-    """Also one that calls it by another name, and one whose first places are taken by virtual tokens."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(island_tok), n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=2)
-    model = untouchable(GPT2LMHeadModel(config))
-    with pytest.raises(ValueError, match="9 prompt tokens and max_new_tokens=24 do not fit into the context of 32"):
-        evaluate_unlearning(model, island_tok, splits, **OPTIONS)
-    llama = make_tiny_llama(vocab_size=len(island_tok), max_position_embeddings=33)
-    virtual = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="do not fit into the context of 29"):
-        evaluate_unlearning(get_peft_model(untouchable(llama), virtual), island_tok, splits, **OPTIONS)
-
-
-def test_a_template_is_part_of_the_length(full, island_tok, splits):
-    """What it writes in front of an answer has to be generated before it."""
-    tokenizer = copy.deepcopy(island_tok)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ 'is is ' if m['role'] == 'assistant' else '' }}{{ m['content'] }} {% endfor %}"
-    )
-    options = {**OPTIONS, "max_new_tokens": 8, "format": PromptFormat(chat_template=True), "attacks": ()}
-    with pytest.raises(ValueError, match="row 'Dusias-flag': the answer has 9 tokens but max_new_tokens=8"):
-        evaluate_unlearning(untouchable(full), tokenizer, splits, **options)
-
-
-def test_missing_packages_are_named_first(full, island_tok, splits, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ImportError, match=r'pip install "hf-ext\[unlearning\]"'):
-        evaluate_unlearning(untouchable(full), island_tok, splits, **OPTIONS)
-
-
 # -- Attacks that break down ------------------------------------------------------------------------------------------
-
-
-def few(splits):
-    return {name: rows[:4] for name, rows in splits.items()}
 
 
 def test_an_attack_that_fails_does_not_cost_the_report(full, island_tok, splits):
@@ -524,14 +250,7 @@ def test_bugs_are_raised(full, island_tok, splits, monkeypatch, error):
         evaluate_unlearning(full, island_tok, few(splits), attacks="quantization", **OPTIONS)
 
 
-def test_a_model_is_not_its_own_reference(full, island_tok, splits, full_report):
-    with pytest.raises(ValueError, match="retrained is the model itself"):
-        evaluate_unlearning(full, island_tok, splits, full, **OPTIONS)
-    report = evaluate_unlearning(full, island_tok, splits, copy.deepcopy(full), attacks=(), **OPTIONS)
-    assert report.metrics["forget_quality"] == 1.0
-    assert any("make sure that they are two models" in text for text in report.findings)
-    # A reference that saw the rows gives itself away, too.
-    assert any("retrained model itself tells forget from holdout rows" in text for text in report.findings)
+# -- What is found ----------------------------------------------------------------------------------------------------
 
 
 def test_too_few_rows_are_no_test(_full, _retrained, island_tok, splits):
