@@ -9,7 +9,6 @@ Shapes: see `subspace`; a weight `(N, M)` of which k of P = min(N, M) directions
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,14 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
-from hf_ext.trainers.adaptive_svd.subspace import Subspace, expand, project, reduce, without_long_side
+from hf_ext.trainers.adaptive_svd.subspace import (
+    Subspace,
+    add_expanded,
+    long_basis,
+    project,
+    reduce,
+    without_long_side,
+)
 
 
 class SubspaceAdamW(AdamW):
@@ -57,10 +63,10 @@ class SubspaceAdamW(AdamW):
         if any(id(parameter) not in given for parameter in subspaces):
             raise ValueError("subspaces: a tensor is not among the parameters of the optimizer; is it trainable?")
         self._subspaces, self._joint = dict(subspaces), joint
-        self._inward = partial(project, joint=True) if joint else reduce
-        self._outward = partial(project, joint=True) if joint else expand
         self._rows: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor] = {}
+        # Of the weights as they are in this step: for the gradient and the update.
+        self._long: dict[Tensor, Tensor | None] = {}
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -80,12 +86,20 @@ class SubspaceAdamW(AdamW):
     def _reduce_all(self) -> None:
         for parameter, subspace in self._subspaces.items():
             if parameter in self._rows:
-                rows_FQ, start = self._rows.pop(parameter), subspace.oriented(self._start(parameter).float())
-                self._gradients[parameter] = without_long_side(rows_FQ, start, subspace)
-            elif parameter.grad is not None:
+                rows_FQ = self._rows.pop(parameter)
+            elif parameter.grad is None:
+                continue
+            elif self._joint:
                 start = self._start(parameter).float()
-                self._gradients[parameter] = self._inward(parameter.grad.float(), start, subspace)
+                self._gradients[parameter] = project(parameter.grad.float(), start, subspace, joint=True)
                 parameter.grad = None
+                continue
+            else:
+                rows_FQ = reduce(parameter.grad.float(), subspace)
+                parameter.grad = None
+            start_PQ = subspace.oriented(self._start(parameter).float())
+            self._long[parameter] = long_basis(start_PQ, subspace, len(rows_FQ), times=2)
+            self._gradients[parameter] = without_long_side(rows_FQ, start_PQ, subspace, self._long[parameter])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, parameters: Iterable[Tensor] | None = None) -> Tensor:
@@ -106,8 +120,8 @@ class SubspaceAdamW(AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._rows.clear()
-        self._gradients.clear()
+        for kept in (self._rows, self._gradients, self._long):
+            kept.clear()
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -129,8 +143,9 @@ class SubspaceAdamW(AdamW):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, subspace = self.state[parameter], self._subspaces[parameter]
         rounded = parameter.dtype != torch.float32
+        fused = bool(group["fused"])
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
             if rounded or group["weight_decay"] != 0:
                 state["change"] = torch.zeros_like(gradient)
@@ -146,6 +161,7 @@ class SubspaceAdamW(AdamW):
             [],
             [state["step"]],
             foreach=False,
+            fused=fused,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -155,10 +171,16 @@ class SubspaceAdamW(AdamW):
             maximize=False,
         )
         start = self._start(parameter).float()
-        if rounded:
-            parameter.copy_(start + self._outward(moved, start, subspace))
+        step = moved if change is None or rounded else moved - change
+        # What is rounded is written anew from its start.
+        whole = start if rounded else parameter
+        if self._joint:
+            whole += project(step, start, subspace, joint=True)
         else:
-            parameter += self._outward(moved if change is None else moved - change, start, subspace)
+            long_QK = self._long.pop(parameter)
+            add_expanded(whole, without_long_side(step, subspace.oriented(start), subspace, long_QK), subspace)
+        if rounded:
+            parameter.copy_(whole)
         if change is not None:
             change.copy_(moved)
 
@@ -172,5 +194,5 @@ class SubspaceAdamW(AdamW):
         for parameter, number in zip(order, numbers, strict=True):
             if parameter in self._subspaces and number in state_dict["state"]:
                 for name, value in state_dict["state"][number].items():
-                    device = "cpu" if name == "step" else parameter.device
-                    self.state[parameter][name] = value.to(device, copy=True)
+                    if name != "step":
+                        self.state[parameter][name] = value.to(parameter.device, copy=True)

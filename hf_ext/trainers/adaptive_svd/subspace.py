@@ -111,47 +111,62 @@ def split_weight(weight_NM: Tensor, rank: int) -> Subspace:
     return protect(weight_NM, singular_basis(weight_NM), rank)
 
 
-def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace) -> Tensor:
-    """`rows (I - V_h V_h^T)` on the long side, from V_h = W^T U_h / s_h of the weight as it is; same shape and dtype.
+def long_basis(weight_PQ: Tensor, subspace: Subspace, rows: int, times: int = 1) -> Tensor | None:
+    """V_h = W^T U_h / s_h, `(Q, k)`, if `times` projections of that many rows are faster with it; else None.
+
+    Args:
+        weight_PQ: oriented, in the dtype of the rows.
+        subspace: of the weight.
+        rows, times: of what will be projected.
+    """
+    rank, short = subspace.sure_rank, len(weight_PQ)
+    if rank * short + 2 * times * rows * rank > 2 * times * rows * short:
+        return None
+    return weight_PQ.mT @ _scaled(subspace, weight_PQ.dtype)
+
+
+def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace, long_QK: Tensor | None) -> Tensor:
+    """`rows (I - V_h V_h^T)` on the long side, of the same shape and dtype.
 
     Args:
         rows_FQ: what is projected, with the long side last.
-        weight_PQ: the weight, oriented; its protected directions have not changed since it was split.
+        weight_PQ: the weight, oriented, in the dtype of the rows; its protected directions are as when it was split.
         subspace: of the weight.
+        long_QK: what `long_basis` gave for it.
     """
-    rank, rows, (short, long) = subspace.sure_rank, len(rows_FQ), weight_PQ.shape
-    scaled_PK = (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(rows_FQ.dtype)
-    weight_PQ = weight_PQ.to(rows_FQ.dtype)
-    if short * long * rank + 2 * rows * long * rank < 2 * rows * short * (long + rank):
-        long_QK = weight_PQ.mT @ scaled_PK
+    if long_QK is not None:
         return torch.addmm(rows_FQ, rows_FQ @ long_QK, long_QK.mT, alpha=-1)
-    # Without the basis of the long side, which takes longer where few directions are free.
-    inside_FP = rows_FQ @ weight_PQ.mT @ scaled_PK @ scaled_PK.mT
-    return torch.addmm(rows_FQ, inside_FP, weight_PQ, alpha=-1)
+    scaled_PK = _scaled(subspace, rows_FQ.dtype)
+    return torch.addmm(rows_FQ, rows_FQ @ weight_PQ.mT @ scaled_PK @ scaled_PK.mT, weight_PQ, alpha=-1)
 
 
-def reduce(gradient_NM: Tensor, weight_NM: Tensor, subspace: Subspace) -> Tensor:
-    """A gradient in coordinates of the free directions of the short side, projected on the long one, `(P - k, Q)`."""
-    rows_FQ = subspace.free_PF.mT.to(gradient_NM.dtype) @ subspace.oriented(gradient_NM)
-    return without_long_side(rows_FQ, subspace.oriented(weight_NM), subspace)
-
-
-def expand(change_FQ: Tensor, weight_NM: Tensor, subspace: Subspace) -> Tensor:
-    """The change of the weight `(N, M)` for a change of the coordinates, projected once more: whatever made it, it stays inside."""
-    inside_FQ = without_long_side(change_FQ, subspace.oriented(weight_NM), subspace)
-    return subspace.oriented(subspace.free_PF.to(change_FQ.dtype) @ inside_FQ)
+def _scaled(subspace: Subspace, dtype: torch.dtype) -> Tensor:
+    """U_h / s_h, of the directions whose singular value is above the noise."""
+    rank = subspace.sure_rank
+    return (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(dtype)
 
 
 def project(matrix_NM: Tensor, weight_NM: Tensor, subspace: Subspace, joint: bool = False) -> Tensor:
     """The part of a matrix inside the subspace, `(N, M)`: "double", or the paper's "joint"."""
-    matrix_PQ, weight_PQ = subspace.oriented(matrix_NM), subspace.oriented(weight_NM)
+    matrix_PQ, weight_PQ = subspace.oriented(matrix_NM), subspace.oriented(weight_NM).to(matrix_NM.dtype)
     kept_PK = subspace.kept_PK.to(matrix_NM.dtype)
+    long_QK = long_basis(weight_PQ, subspace, subspace.rank if joint else len(matrix_PQ))
     if not joint:
         left_PQ = torch.addmm(matrix_PQ, kept_PK, kept_PK.mT @ matrix_PQ, alpha=-1)
-        return subspace.oriented(without_long_side(left_PQ, weight_PQ, subspace))
+        return subspace.oriented(without_long_side(left_PQ, weight_PQ, subspace, long_QK))
     rows_KQ = kept_PK.mT @ matrix_PQ
-    protected_KQ = rows_KQ - without_long_side(rows_KQ, weight_PQ, subspace)
+    protected_KQ = rows_KQ - without_long_side(rows_KQ, weight_PQ, subspace, long_QK)
     return subspace.oriented(torch.addmm(matrix_PQ, kept_PK, protected_KQ, alpha=-1))
+
+
+def reduce(gradient_NM: Tensor, subspace: Subspace) -> Tensor:
+    """A gradient in coordinates of the free directions of the short side, `(P - k, Q)`."""
+    return subspace.free_PF.mT.to(gradient_NM.dtype) @ subspace.oriented(gradient_NM)
+
+
+def add_expanded(matrix_NM: Tensor, change_FQ: Tensor, subspace: Subspace) -> None:
+    """Add the change `(P - k, Q)` of the coordinates to a matrix `(N, M)` in place."""
+    subspace.oriented(matrix_NM).addmm_(subspace.free_PF.to(matrix_NM.dtype), change_FQ)
 
 
 def drift(weight_NM: Tensor, subspace: Subspace) -> float:

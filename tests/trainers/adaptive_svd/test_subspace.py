@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hf_ext.trainers.adaptive_svd.subspace import drift, expand, project, reduce, singular_basis, split_weight
+from hf_ext.trainers.adaptive_svd.subspace import (
+    add_expanded,
+    drift,
+    long_basis,
+    project,
+    reduce,
+    singular_basis,
+    split_weight,
+    without_long_side,
+)
 from tests.oracles import ORACLES
 from tests.trainers.helpers import assert_needs_torch_alone
 
@@ -23,6 +32,17 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 def split(case):
     weight = DATA[f"{case}.W"]
     return weight, split_weight(weight, len(DATA[f"{case}.S_high"]))
+
+
+def through_coordinates(matrix, weight, subspace):
+    """Into the coordinates, projected on the long side, and back; the same with the basis of the long side and without."""
+    rows, weight_PQ = reduce(matrix, subspace), subspace.oriented(weight)
+    found = []
+    for long in (long_basis(weight_PQ, subspace, len(rows), times=10**6), None):
+        found.append(torch.zeros_like(matrix))
+        add_expanded(found[-1], without_long_side(rows, weight_PQ, subspace, long), subspace)
+    torch.testing.assert_close(*found, rtol=0, atol=float(1e-4 * matrix.norm()))
+    return found[0]
 
 
 def exact_sides(weight, rank):
@@ -51,7 +71,7 @@ def test_projections_are_the_recorded_ones(case, form):
 @pytest.mark.parametrize("case", CASES)
 def test_coordinates_are_the_double_projection(case):
     weight, subspace = split(case)
-    found = expand(reduce(DATA[f"{case}.G"], weight, subspace), weight, subspace)
+    found = through_coordinates(DATA[f"{case}.G"], weight, subspace)
     torch.testing.assert_close(found, DATA[f"{case}.G_double"], rtol=0, atol=3e-6)
 
 
@@ -84,16 +104,16 @@ def test_laws(shape, share, seed):
     # Protected triplets stay triplets, so the weight can be split no further by a change inside.
     torch.testing.assert_close((weight + inside) @ right, weight @ right, rtol=0, atol=float(scale))
     assert drift(weight + inside, subspace) < 1e-4
-    coordinates = reduce(matrix, weight, subspace)
-    assert coordinates.shape == (min(shape) - rank, max(shape))
-    torch.testing.assert_close(expand(coordinates, weight, subspace), inside, rtol=0, atol=float(scale))
+    assert reduce(matrix, subspace).shape == (min(shape) - rank, max(shape))
+    found = through_coordinates(matrix, weight, subspace)
+    torch.testing.assert_close(found, inside, rtol=0, atol=float(scale))
 
 
 def test_all_and_nothing():
     weight, matrix = torch.randn(2, 6, 9)
     torch.testing.assert_close(project(matrix, weight, split_weight(weight, 0)), matrix)
-    assert reduce(matrix, weight, split_weight(weight, 6)).shape == (0, 9)
-    assert expand(torch.zeros(0, 9), weight, split_weight(weight, 6)).equal(torch.zeros(6, 9))
+    assert reduce(matrix, split_weight(weight, 6)).shape == (0, 9)
+    assert through_coordinates(matrix, weight, split_weight(weight, 6)).equal(torch.zeros(6, 9))
     # "joint" leaves the null space of the weight open even then.
     assert project(matrix, weight, split_weight(weight, 6), joint=True).norm() > 0.1
 
