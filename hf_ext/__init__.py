@@ -19,6 +19,9 @@ _LAZY = {
     "KnowledgeEditingEvaluator": "hf_ext.metrics.editing",
     "load_edits": "hf_ext.metrics.editing",
     "run_editing": "hf_ext.metrics.editing",
+    "SweepAdvisor": "hf_ext.trainers.sft_recipe",
+    "plan_batch": "hf_ext.trainers.sft_recipe",
+    "sft_recipe": "hf_ext.trainers.sft_recipe",
     "build_card": "hf_ext.model_cards",
     "publish": "hf_ext.model_cards",
 }

@@ -170,7 +170,40 @@ FLAT = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT)
+ADAPTIVE_SVD = Method(
+    slug="adaptive_svd",
+    name="Adaptive SVD",
+    kind="TRL trainer",
+    summary="full fine-tuning on one task after another, each inside what the weights' large singular directions leave free",
+    paper_title="Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
+    arxiv="2504.07097",
+    citation="""@inproceedings{nayak2026sculpting,
+  title     = {Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning},
+  author    = {Nayak, Nikhil Shivakumar and Killamsetty, Krishnateja and Han, Ligong and Bhandwaldar, Abhishek and Chanda, Prateek and Xu, Kai and Wang, Hao and Pareja, Aldo and Silkin, Oleg and Eyceoz, Mustafa and Srivastava, Akash},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2026},
+}""",
+    entry_points={
+        "AdaptiveSVDTrainer": "hf_ext.trainers.adaptive_svd",
+        "AdaptiveSVDConfig": "hf_ext.trainers.adaptive_svd",
+        "ContinualTask": "hf_ext.trainers.adaptive_svd",
+        "SubspaceAdamW": "hf_ext.trainers.adaptive_svd",
+        "TaskSequenceTrainer": "hf_ext.trainers.task_sequence",
+        "TaskMatrix": "hf_ext.metrics.continual",
+    },
+    changes=(
+        "The weights were trained in full, those of linear layers inside the orthogonal complement of their largest singular "
+        "directions."
+    ),
+    limits=(
+        "Forgetting is reduced, not prevented: embeddings, norms and the output layer are not protected, and neither is what "
+        "lies in small singular directions.",
+        "What is free shrinks with the share that is protected, so a task may be learnt less well than by plain fine-tuning.",
+        "Where a few rows of earlier tasks may be kept, training on them as well protects more.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD)
 
 
 def method(slug: str) -> Method:

@@ -1,16 +1,18 @@
 """What a step of adaptive SVD costs next to full fine-tuning and to PEFT's OSF, on Gemma 3 270M.
 
-All three train the linear layers of the transformer blocks, in float32 with AdamW and clipping; embeddings and norms are frozen, as OSF
-freezes them. A step is forward, backward, clipping and update; both sides of a ratio run in turn in one process. The output layer reads
-`LABELS` positions, so that the vocabulary does not hide what is compared.
+All three train the linear layers of the transformer blocks, in float32 with fused AdamW and clipping; embeddings and norms are frozen, as OSF
+freezes them. A step has `BATCHES` micro-batches of `ROWS` rows, together the paper's 8 examples; the output layer reads the last `LABELS`
+positions of each row, as when prompts are masked, so that the vocabulary does not hide what is compared. Both sides of a ratio run in turn in
+one process. Memory is all that a side holds between steps (model, optimizer, bases) plus the peak of a step above it.
 
     python -m benchmarks.continual.cost
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -23,74 +25,107 @@ from benchmarks.common import write
 from benchmarks.cost import compare, show, table
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
-from hf_ext.trainers.adaptive_svd.subspace import Subspace, singular_basis
+from hf_ext.trainers.adaptive_svd.subspace import protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
-NAME, SEED, REPEATS = "continual_cost", 0, 5
-ROWS, TOKENS, LABELS = 4, 512, 64
+NAME, SEED, REPEATS = "continual_cost", 0, 3
+BATCHES, ROWS, TOKENS, LABELS = 4, 2, 512, 64
 RETENTIONS = (0.5, 0.8)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "fused": True}
 
 
 def load() -> Any:
-    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
-    return model.requires_grad_(False).train()
+    return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).train()
 
 
-def step_of(model: Any, optimizer: Any, clip: Callable[[], Any]) -> Callable[[], None]:
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(3, 200_000, (ROWS, TOKENS), generator=generator)
+class Step:
+    """Forward, backward, clipping and update.
 
-    def step() -> None:
-        hidden = model.model(input_ids=ids).last_hidden_state[:, -1 - LABELS : -1]
-        logits = model.lm_head(hidden)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -LABELS:].flatten()).backward()
-        clip()
-        optimizer.step()
-        optimizer.zero_grad()
+    Args:
+        model: what is trained.
+        optimizer: of what is trained.
+        clip: called before the update.
+        extra: tensors that are held beside those of the model and the optimizer.
+    """
 
-    return step
+    def __init__(
+        self, model: Any, optimizer: torch.optim.Optimizer, clip: Callable[[], Any], extra: Iterable[Tensor] = ()
+    ) -> None:
+        self.model, self.optimizer, self.clip, self.extra = model, optimizer, clip, list(extra)
+        generator = torch.Generator().manual_seed(SEED)
+        self.ids = torch.randint(3, 200_000, (BATCHES, ROWS, TOKENS), generator=generator)
+
+    def __call__(self) -> None:
+        for ids in self.ids:
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1 - LABELS : -1]
+            logits = self.model.lm_head(hidden).flatten(0, 1)
+            (torch.nn.functional.cross_entropy(logits, ids[:, -LABELS:].flatten()) / BATCHES).backward()
+        self.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def held_mib(self) -> float:
+        """What is held between two steps."""
+        state = [value for kept in self.optimizer.state.values() for value in kept.values() if torch.is_tensor(value)]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *state, *self.extra]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        return sum(storage.nbytes() for storage in storages.values()) / 2**20
 
 
-def full_step() -> Callable[[], None]:
+def full_step() -> Step:
     model = load()
-    weights = [layer.weight.requires_grad_() for layer in find_targets(model, None).values()]
+    weights = [layer.weight for layer in find_targets(model, None).values()]
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, **OPTIONS)
-    return step_of(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
+    return Step(model, optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
 
 
-def our_step(retention: float, bases: dict[str, tuple[Tensor, Tensor]]) -> Callable[[], None]:
+def our_step(retention: float, bases: dict[str, tuple[Tensor, Tensor]]) -> Step:
     model = load()
     layers = find_targets(model, None)
-    subspaces = {}
-    for name, layer in layers.items():
-        rows, columns = layer.weight.shape
-        subspaces[layer.weight] = Subspace(*bases[name], math.floor(retention * min(rows, columns)), rows <= columns)
+    # The gradients of the weights themselves are never computed.
+    model.requires_grad_(False)
+    subspaces = {
+        layer.weight: protect(layer.weight, bases[name], math.floor(retention * min(layer.weight.shape)))
+        for name, layer in layers.items()
+    }
     optimizer = SubspaceAdamW(list(subspaces), subspaces, **OPTIONS)
     for layer in layers.values():
-        tap(layer, subspaces[layer.weight], False, partial(optimizer.accumulate, layer.weight))
-    return step_of(model, optimizer, lambda: optimizer.clip_grad_norm_(1.0))
+        tap(layer, subspaces[layer.weight], partial(optimizer.accumulate, layer.weight))
+    kept = [tensor for subspace in subspaces.values() for tensor in (subspace.basis_PP, subspace.values_P)]
+    return Step(model, optimizer, lambda: optimizer.clip_grad_norm_(1.0), kept)
 
 
-def osf_step(retention: float) -> Callable[[], None]:
-    names = sorted({name.rpartition(".")[2] for name in find_targets(load(), None)})
-    model = get_peft_model(load(), OSFConfig(effective_rank=retention, target_modules=names))
-    weights = [p for p in model.parameters() if p.requires_grad]
+def osf_step(retention: float) -> Step:
+    model = load()
+    names = sorted({name.rpartition(".")[2] for name in find_targets(model, None)})
+    adapted = get_peft_model(model, OSFConfig(effective_rank=retention, target_modules=names))
+    weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, **OPTIONS)
-    return step_of(model.get_base_model(), optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
+    return Step(adapted.get_base_model(), optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
 
 
 def main() -> None:
     bases = {name: singular_basis(layer.weight) for name, layer in find_targets(load(), None).items()}
     results = []
     for retention in RETENTIONS:
-        for peer, build in (("full fine-tuning", full_step), ("OSF", lambda r=retention: osf_step(r))):
-            row = compare(our_step(retention, bases), build(), REPEATS)
+        for peer, build in (("full fine-tuning", full_step), ("OSF", partial(osf_step, retention))):
+            sides = {"ours": our_step(retention, bases), "peer": build()}
+            row = compare(sides["ours"], sides["peer"], REPEATS)
+            for side, step in sides.items():
+                row["peak_mib"][side] += step.held_mib()
+            row["memory_ratio"] = row["peak_mib"]["ours"] / row["peak_mib"]["peer"]
             results.append({"name": f"{retention:.0%} protected, against {peer}", **row})
             show(results[-1]["name"], row)
+            # Hooks of a model refer to it.
+            del sides, step, build
+            gc.collect()
     note = (
-        f"Gemma 3 270M, float32, {ROWS} x {TOKENS} tokens, linear layers of the blocks. Medians of {REPEATS} turns, {torch.get_num_threads()} threads. "
+        f"Gemma 3 270M, float32, linear layers of the blocks, {BATCHES} micro-batches of {ROWS} x {TOKENS} tokens, of which the output layer reads "
+        f"{LABELS} per row. Medians of {REPEATS} turns, {torch.get_num_threads()} threads; memory is what is held between steps plus the peak above it. "
         "`python -m benchmarks.continual.cost` repeats it."
     )
     report = {"command": "python -m benchmarks.continual.cost", "seed": SEED, "repeats": REPEATS, "results": results}

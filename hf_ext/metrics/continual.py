@@ -222,3 +222,39 @@ class TaskMatrix:
 def _check(convention: str) -> None:
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r} is unknown: choose one of {', '.join(CONVENTIONS)}.")
+
+
+@dataclass(frozen=True)
+class ContinualReport:
+    """A task matrix as model cards take it.
+
+    Attributes:
+        matrix: scores in percent.
+        notes: sentences below the tables.
+    """
+
+    matrix: TaskMatrix
+    notes: tuple[str, ...] = ()
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """The task that each metric of a single one is of."""
+        return {f"score on {name}": name for name in self.matrix.tasks[: self.matrix.learnt]}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last scores of the tasks learnt, and the metrics of the sequence that are defined."""
+        scores = zip(self.datasets, self.matrix.last, strict=True)
+        named = {name.replace("_", " "): value for name, value in self.matrix.metrics().items()}
+        return {name: value for name, value in [*scores, *named.items()] if value is not None}
+
+    def table(self) -> str:
+        """Matrix, metrics, and how to read them, in markdown."""
+        rows = [f"| {name} | {value:.1f} |" for name, value in self.metrics.items() if name not in self.datasets]
+        told = (
+            "Rows are the model after each task, columns what it scores on every task, in percent. Backward transfer is the "
+            f"mean change of a task from when it was learnt to the end, over all but the last of {self.matrix.learnt} tasks: "
+            "negative is forgetting."
+        )
+        notes = "\n".join([told, *self.notes])
+        return "\n".join([self.matrix.table(), "", "| metric | value |", "| --- | --- |", *rows, "", notes])

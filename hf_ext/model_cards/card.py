@@ -47,8 +47,8 @@ def build_card(
             cache or folder, otherwise left out. For `"other"` set `card.data["license_name"]` and `["license_link"]`.
         datasets: Hub ids of the training data. Found for a dataset loaded from the Hub.
         language: ISO 639 codes.
-        metrics: results as a flat dict, metric name (with its protocol) to number, or an evaluator's report. The
-            trainer's last evaluation if absent.
+        metrics: results as a flat dict, metric name (with its protocol) to number, or an evaluator's report. What
+            the trainer has measured, or its last evaluation, if absent.
         evaluated_on: Hub id or name of the data `metrics` were measured on. Without it they stay out of the metadata,
             where the Hub requires a dataset.
         intended_use: what the model is for, and what it is not for.
@@ -109,6 +109,8 @@ def build_card(
 
 
 def _results(facts: Facts, metrics: Any, evaluated_on: str | None) -> Results | None:
+    if metrics is None and facts.training and facts.training.report:
+        metrics = facts.training.report
     if metrics is None and facts.training and facts.training.evaluation:
         metrics = {name.removeprefix("eval_"): value for name, value in facts.training.evaluation.items()}
         evaluated_on = evaluated_on or facts.training.eval_dataset

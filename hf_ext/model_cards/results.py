@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from huggingface_hub import EvalResult
 
@@ -23,6 +23,22 @@ class MetricsReport(Protocol):
     def table(self) -> str: ...
 
 
+@runtime_checkable
+class Reporting(Protocol):
+    """A trainer that has measured something itself: its card has that if nothing else is given."""
+
+    @property
+    def report(self) -> MetricsReport | None: ...
+
+
+@runtime_checkable
+class ManyDatasets(Protocol):
+    """A report whose metrics are of different data."""
+
+    @property
+    def datasets(self) -> Mapping[str, str]: ...
+
+
 @dataclass(frozen=True)
 class Results:
     """Results of one evaluation.
@@ -31,27 +47,28 @@ class Results:
         values: metric name, with the protocol it was measured by, to value.
         table: Markdown table.
         dataset: what it was measured on: a Hub id or a name; `None` if nobody said.
+        datasets: the same of single metrics.
     """
 
     values: dict[str, float]
     table: str
     dataset: str | None
+    datasets: Mapping[str, str] = field(default_factory=dict)
 
     def eval_results(self, task_type: str) -> list[EvalResult]:
         """Entries for the model index: finite values only, and only if the data has a name, as the Hub demands."""
-        if self.dataset is None:
-            return []
+        named = ((name, value, self.datasets.get(name, self.dataset)) for name, value in self.values.items())
         return [
             EvalResult(
                 task_type=task_type,
-                dataset_type=self.dataset if REPO_ID.fullmatch(self.dataset) else _slug(self.dataset),
-                dataset_name=self.dataset,
+                dataset_type=dataset if REPO_ID.fullmatch(dataset) else _slug(dataset),
+                dataset_name=dataset,
                 metric_type=_slug(name),
                 metric_name=name,
                 metric_value=value,
             )
-            for name, value in self.values.items()
-            if math.isfinite(value)
+            for name, value, dataset in named
+            if dataset is not None and math.isfinite(value)
         ]
 
 
@@ -69,7 +86,8 @@ def read_results(metrics: Mapping[str, float] | MetricsReport | None, dataset: s
             raise ValueError(f"metrics[{name!r}]={value!r} is not a number; give a flat dict of name: number.")
     numbers = {name: float(value) for name, value in values.items()}
     table = _table(numbers) if isinstance(metrics, Mapping) else metrics.table()
-    return Results(numbers, table.strip(), dataset) if numbers else None
+    datasets = metrics.datasets if isinstance(metrics, ManyDatasets) else {}
+    return Results(numbers, table.strip(), dataset, datasets) if numbers else None
 
 
 def _table(values: dict[str, float]) -> str:

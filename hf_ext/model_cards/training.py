@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_ext.model_cards.leaks import TOKEN, without_paths
+from hf_ext.model_cards.results import MetricsReport, Reporting
 
 # The library's arguments that shape the model. The others say how a run is watched, stored and hosted, and one of them
 # holds an access token.
@@ -50,6 +51,7 @@ class TrainingFacts:
         batch_size: sequences per optimizer step: per device x accumulation x processes.
         losses: last logged training and evaluation losses.
         evaluation: the last `eval_*` record.
+        report: what the trainer itself has measured.
         runtime: seconds, if the run finished.
     """
 
@@ -62,6 +64,7 @@ class TrainingFacts:
     epochs: float
     losses: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    report: MetricsReport | None = None
     runtime: float | None = None
     hardware: str = ""
     train_rows: int | None = None
@@ -87,6 +90,7 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         epochs=float(trainer.state.epoch or 0),
         losses={name: value for name, value in losses.items() if value is not None},
         evaluation={k: v for k, v in evaluation.items() if k.startswith("eval_") and not _is_cost(k)},
+        report=trainer.report if isinstance(trainer, Reporting) else None,
         runtime=summary.get("train_runtime"),
         hardware=_hardware(args),
         train_rows=_rows(trainer.train_dataset),

@@ -2,11 +2,13 @@
 
 It trains the tasks in order, reads the scores on all of them after each, and writes everything below `output_dir`:
 
-    continual_state.json          tasks, how many are learnt, the task matrix; written last, under a temporary name
-    task_00_first/checkpoint-8/   checkpoints of one task, with optimizer and random state
-    task_00_first/                the model after the task
+    continual_state.json           tasks, how many are learnt, the task matrix; written last, under a temporary name
+    README.md                      TRL's card with the task matrix
+    _task_00_first/checkpoint-8/   checkpoints of one task, with optimizer and random state
+    _task_00_first/                the model after the task
 
-so that no task overwrites another's checkpoints, and a run that was killed goes on where it was.
+so that no task overwrites another's checkpoints, and a run that was killed goes on where it was. `Trainer` pushes nothing whose
+name starts with an underscore, so that the Hub gets the model and the card alone.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -28,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_ext.metrics.continual import TaskMatrix
+from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
 
 STATE_FILE = "continual_state.json"
@@ -200,7 +203,7 @@ class TaskSequenceTrainer(SFTTrainer):
 
     def folder_of(self, number: int) -> Path:
         """Where the checkpoints of a task and the model after it are."""
-        return Path(str(self.args.output_dir)) / f"task_{number:02d}_{self.tasks[number].name}"
+        return Path(str(self.args.output_dir)) / f"_task_{number:02d}_{self.tasks[number].name}"
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -319,6 +322,7 @@ class TaskSequenceTrainer(SFTTrainer):
         self._rows.append(self.scores())
         if self._keeps_files:
             self.save_model(str(self.folder_of(number)))
+            self.create_model_card(model_name=Path(str(self.args.output_dir)).name)
         self._write_state()
 
     def _write_state(self) -> None:
@@ -345,6 +349,31 @@ class TaskSequenceTrainer(SFTTrainer):
         sizes = [0 if task.eval is None else len(task.eval) for task in self.tasks]
         names = tuple(task.name for task in self.tasks)
         return TaskMatrix(names, tuple(self._rows), self._before, sizes=tuple(sizes) if all(sizes) else None)
+
+    # -- what cards tell ---------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> ContinualReport | None:
+        """The task matrix and its metrics as `hf_ext.publish` and `build_card` tell them; None before the first task is learnt."""
+        option = "share of rows whose answer is the most probable option"
+        tokens = "mean share of answer tokens that are the most probable ones"
+        told = [
+            f"`{task.name}`: {option if task.options else tokens}." for task in self.tasks if task.eval is not None
+        ]
+        return ContinualReport(self.matrix, (*told, *self.notes())) if self._rows else None
+
+    def notes(self) -> tuple[str, ...]:
+        """Further sentences for the cards."""
+        return ()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card with the task matrix below; arguments as there."""
+        super().create_model_card(*args, **kwargs)
+        path, report = Path(str(self.args.output_dir)) / "README.md", self.report
+        if report is not None and self.is_world_process_zero():
+            card = ModelCard.load(path)
+            card.text = f"{card.text.rstrip()}\n\n## Tasks learnt one after another\n\n{report.table()}\n"
+            card.save(path)
 
 
 def _digest(data: Dataset) -> str:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_ext.metrics.continual import TaskMatrix
+from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from tests.oracles import ORACLES
 
 PUBLISHED = json.loads((ORACLES / "continual_eval/published_matrices.json").read_text())["runs"]
@@ -120,3 +120,14 @@ def test_files_tables_and_plots(tmp_path):
 def test_bad_input(tasks, scores, options, named):
     with pytest.raises(ValueError, match=named):
         TaskMatrix(tasks, scores, **options)
+
+
+def test_the_report_names_what_is_defined():
+    report = ContinualReport(matrix([60.0, None], [40.0, 80.0]), ("More.",))
+    assert report.metrics["score on task 0"] == 40 and report.metrics["backward transfer"] == -20
+    assert "forward transfer" not in report.metrics
+    assert report.datasets == {"score on task 0": "task 0", "score on task 1": "task 1"}
+    table = report.table()
+    assert "| task 1 | 40.0 | 80.0 |" in table and "| average accuracy | 60.0 |" in table and table.endswith("More.")
+    first = ContinualReport(TaskMatrix(("a", "b"), ((60.0, None),)))
+    assert set(first.metrics) == {"score on a", "average accuracy", "learning accuracy", "average anytime accuracy"}

@@ -149,6 +149,32 @@ def test_trainer_is_published_without_pickles(hub, repo_id, tmp_path):
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 
+def test_a_task_sequence_is_published(hub, repo_id, tmp_path):
+    """By `publish`, and by the trainer's own `push_to_hub`: the model and the task matrix, no checkpoint."""
+    from tests.trainers.adaptive_svd.helpers import make_trainer
+
+    # A checkpoint of the first task, so that there is something that must stay at home.
+    trainer = make_trainer(tmp_path / "run", save_steps=6, hub_model_id=f"{repo_id}-own")
+    trainer.train()
+    row = trainer.matrix.table().splitlines()[-1]
+    publish(trainer, repo_id, base_model=BASE, license="mit")
+    card = ModelCard.load(repo_id)
+    assert (
+        row in card.text and "Singular directions protected" in card.text and card.data.tags.count("adaptive_svd") == 1
+    )
+    scores = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert list(scores) == ["t0", "t1"] and scores["t1"] == trainer.matrix.last[1]
+    trainer.push_to_hub()
+    for name in (repo_id, f"{repo_id}-own"):
+        files = set(hub.repos["models", name].files())
+        assert {"model.safetensors", "README.md"} <= files
+        assert not [file for file in files if "checkpoint" in file or file.startswith("_") or file.endswith(".pt")]
+    own = ModelCard.load(f"{repo_id}-own")
+    assert row in own.text and "2504.07097" in own.text and "adaptive_svd" in own.data.tags
+    loaded = AutoModelForCausalLM.from_pretrained(f"{repo_id}-own").state_dict()
+    assert all(value.equal(loaded[name]) for name, value in trainer.model.state_dict().items())
+
+
 def test_an_adapter_is_published_merged(hub, base, repo_id):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),

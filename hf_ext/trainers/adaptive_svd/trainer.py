@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_ext.registry import ADAPTIVE_SVD
 from hf_ext.trainers.adaptive_svd.config import AdaptiveSVDConfig
 from hf_ext.trainers.adaptive_svd.importance import (
     LayerStatistics,
@@ -70,8 +71,9 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         ```
     """
 
-    _tag_names = ["trl", "sft", "hf-ext", "adaptive-svd", "continual-learning"]  # noqa: RUF012
-    _name = "Adaptive SVD"
+    _tag_names = ["trl", "sft", "adaptive_svd", "continual-learning"]  # noqa: RUF012
+    _name = ADAPTIVE_SVD.name
+    _paper = {"title": ADAPTIVE_SVD.paper_title, "id": ADAPTIVE_SVD.arxiv, "citation": ADAPTIVE_SVD.citation}  # noqa: RUF012
     args: AdaptiveSVDConfig
 
     def __init__(
@@ -187,6 +189,15 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             )
         drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
         self.log({"subspace/drift": max(drifts)})
+
+    def notes(self) -> tuple[str, ...]:
+        if not self._subspaces:
+            return ()
+        shares = [subspace.rank / len(subspace.values_P) for subspace in self._subspaces.values()]
+        return (
+            f"Singular directions protected during the last task: {sum(shares) / len(shares):.0%} of each of {len(shares)} "
+            f"weights on average, from {min(shares):.0%} to {max(shares):.0%}.",
+        )
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 

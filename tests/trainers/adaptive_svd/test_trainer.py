@@ -72,7 +72,7 @@ def test_protected_directions_stay(tmp_path, rule):
 def test_the_mean_of_the_ratios_is_the_target(tmp_path):
     trainer = trained(tmp_path, rank_rule="uniform", target_retention=0.5)
     assert set(trainer.ranks.values()) == {32, 16}
-    with safe_open(tmp_path / "task_01_t1/subspace.safetensors", "pt") as file:
+    with safe_open(tmp_path / "_task_01_t1/subspace.safetensors", "pt") as file:
         assert json.loads(file.metadata()["ranks"]) == trainer.ranks
         assert json.loads(file.metadata()["report"]) == {"rank_rule": "uniform", "share": 0.5}
 
@@ -173,16 +173,16 @@ def test_checkpoints_are_plain_and_reload_bit_for_bit(tmp_path):
     model = make_tiny_llama()
     names = set(model.state_dict())
     trainer = trained(tmp_path, model=model)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "task_01_t1")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "_task_01_t1")
     assert set(again.state_dict()) == names
     assert all(value.equal(trainer.model.state_dict()[name]) for name, value in again.state_dict().items())
     ids = torch.tensor([[5, 6, 7]])
     assert again(ids).logits.equal(trainer.model.eval()(ids).logits)
     checkpoints = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/checkpoint-*"))
-    assert checkpoints == [f"task_0{t}_t{t}/checkpoint-{n}" for t in range(2) for n in (2, 4, 6)]
+    assert checkpoints == [f"_task_0{t}_t{t}/checkpoint-{n}" for t in range(2) for n in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("last", ["task_00_t0/checkpoint-4", "task_01_t1/checkpoint-2", "task_01_t1/checkpoint-4"])
+@pytest.mark.parametrize("last", ["_task_00_t0/checkpoint-4", "_task_01_t1/checkpoint-2", "_task_01_t1/checkpoint-4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_gives_the_same_run(tmp_path, last, dtype):
     """From a folder as it is when the process dies after this checkpoint."""
@@ -200,8 +200,8 @@ def test_resuming_gives_the_same_run(tmp_path, last, dtype):
 
 def cut_back(folder: Path, number: int, step: int) -> None:
     """Remove everything that was written after a checkpoint."""
-    for path in folder.glob("task_*"):
-        task = int(path.name[5:7])
+    for path in folder.glob("_task_*"):
+        task = int(path.name[6:8])
         for checkpoint in path.glob("checkpoint-*"):
             if task > number or (task == number and int(checkpoint.name[11:]) > step):
                 shutil.rmtree(checkpoint)
@@ -216,7 +216,7 @@ def cut_back(folder: Path, number: int, step: int) -> None:
 def test_resuming_between_tasks(tmp_path):
     whole = trained(tmp_path)
     expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    shutil.rmtree(tmp_path / "task_01_t1")
+    shutil.rmtree(tmp_path / "_task_01_t1")
     state = json.loads((tmp_path / "continual_state.json").read_text())
     (tmp_path / "continual_state.json").write_text(json.dumps(state | {"rows": state["rows"][:1]}))
     trainer = make_trainer(tmp_path, model=make_tiny_llama(seed=1))
@@ -245,14 +245,14 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     assert run(whole, "new").wait(timeout=300) == 0
     process = run(killed, "new")
     deadline = time.monotonic() + 300
-    while not list(killed.glob("task_01_t1/checkpoint-2*")):
+    while not list(killed.glob("_task_01_t1/checkpoint-2*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (killed / "task_01_t1/checkpoint-200").exists()
+    assert not (killed / "_task_01_t1/checkpoint-200").exists()
     assert run(killed, "resume").wait(timeout=300) == 0
-    pair = [AutoModelForCausalLM.from_pretrained(folder / "task_01_t1").state_dict() for folder in (whole, killed)]
+    pair = [AutoModelForCausalLM.from_pretrained(folder / "_task_01_t1").state_dict() for folder in (whole, killed)]
     assert all(value.equal(pair[1][name]) for name, value in pair[0].items())
     states = [json.loads((folder / "continual_state.json").read_text()) for folder in (whole, killed)]
     assert states[0] == states[1]
@@ -261,7 +261,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     trained(tmp_path)
     cut_back(tmp_path, 1, 4)
-    (tmp_path / "task_01_t1/checkpoint-4/trainer_state.json").unlink()
+    (tmp_path / "_task_01_t1/checkpoint-4/trainer_state.json").unlink()
     assert make_trainer(tmp_path)._last_checkpoint(1).endswith("checkpoint-2")
 
 
@@ -282,13 +282,13 @@ def test_a_run_of_other_tasks_does_not_go_on(tmp_path, change, named):
     with pytest.raises(ValueError, match="no run to go on with"):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="a sequence goes on from its folder"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "task_00_t0/checkpoint-2"))
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "_task_00_t0/checkpoint-2"))
 
 
 def test_one_subspace_per_task_is_needed(tmp_path):
     trained(tmp_path)
     cut_back(tmp_path, 1, 2)
-    (tmp_path / "task_01_t1/subspace.safetensors").unlink()
+    (tmp_path / "_task_01_t1/subspace.safetensors").unlink()
     with pytest.raises(ValueError, match=r"without which the task cannot go on"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
