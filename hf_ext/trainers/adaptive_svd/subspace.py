@@ -63,6 +63,14 @@ class Subspace:
         """How many of the protected directions have a singular value above the noise, so that W^T U_h / s_h = V_h."""
         return min(self.rank, int((self.values_P > _NOISE * self.values_P[:1]).sum()))
 
+    @property
+    def cuts_between_equals(self) -> bool:
+        """Whether the last protected singular value and the first free one are equal but for rounding."""
+        if not 0 < self.rank < len(self.values_P):
+            return False
+        last, following = self.values_P[self.rank - 1], self.values_P[self.rank]
+        return bool(following > _NOISE * self.values_P[0]) and bool(last - following <= _NOISE * self.values_P[0])
+
     def oriented(self, matrix_NM: Tensor) -> Tensor:
         """The matrix with its short side first, `(P, Q)`; a view, and its own inverse."""
         return matrix_NM if self.wide else matrix_NM.mT

@@ -31,7 +31,7 @@ from hf_ext.trainers.adaptive_svd.importance import (
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
-from hf_ext.trainers.adaptive_svd.targets import find_targets, observe
+from hf_ext.trainers.adaptive_svd.targets import Layer, find_targets, observe
 from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
 
 SUBSPACE_FILE = "subspace.safetensors"
@@ -118,36 +118,50 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
     @property
     def ranks(self) -> dict[str, int]:
         """Protected directions of each layer in the present task."""
-        return {name: subspace.rank for name, subspace in self._subspaces.items()}
+        return {name: self._subspaces[name].rank if name in self._subspaces else 0 for name in self._layers}
+
+    def _sizes(self) -> dict[str, int]:
+        """Singular directions of each layer."""
+        return {name: min(layer.weight.shape) for name, layer in self._layers.items()}
 
     def before_task(self, number: int, resumed: bool) -> None:
         path = self.folder_of(number) / SUBSPACE_FILE
         if resumed:
             self._subspaces = _load(path, self._layers)
         else:
-            bases = {name: singular_basis(layer.weight) for name, layer in self._layers.items()}
-            ranks, report = self._choose_ranks(number, bases)
+            ranks, bases, report = self._choose_ranks(number)
+            # A layer with nothing protected is trained as any other.
             self._subspaces = {
-                name: protect(layer.weight, bases[name], ranks[name]) for name, layer in self._layers.items()
+                name: protect(layer.weight, bases.get(name) or singular_basis(layer.weight), ranks[name])
+                for name, layer in self._layers.items()
+                if ranks[name]
             }
             if self._keeps_files and self.is_world_process_zero():
-                _save(self._subspaces, report, path)
-        if all(len(s.values_P) == s.rank for s in self._subspaces.values()) and self.args.unprotected_lr_scale == 0:
+                _save(self._subspaces, ranks, report, path)
+        equal = [name for name, subspace in self._subspaces.items() if subspace.cuts_between_equals]
+        if equal and not resumed:
+            warnings.warn(
+                f"task {self.tasks[number].name!r}: of {equal[0]} and {len(equal) - 1} other layers, the last protected singular "
+                "value is as large as the first free one, so which of their directions is protected depends on rounding.",
+                stacklevel=3,
+            )
+        if self.ranks == self._sizes() and self.args.unprotected_lr_scale == 0:
             raise ValueError(
                 f"task {self.tasks[number].name!r}: every direction is protected, so nothing is left to train."
             )
 
-    def _choose_ranks(self, number: int, bases: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[dict[str, int], dict]:
-        """Ranks of all layers, and what they were chosen from."""
-        sizes = {name: len(values) for name, (_, values) in bases.items()}
+    def _choose_ranks(self, number: int) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]], dict]:
+        """Ranks of all layers, singular bases that were needed for them, and what they were chosen from."""
+        sizes = self._sizes()
         if number == 0 or self.args.rank_rule == "uniform":
             share = self.args.target_retention if number else self.args.first_task_retention
-            return ranks_from_ratios(dict.fromkeys(sizes, share), sizes), {"rank_rule": "uniform", "share": share}
+            return ranks_from_ratios(dict.fromkeys(sizes, share), sizes), {}, {"rank_rule": "uniform", "share": share}
         found = self._observe(number - 1)
         if self.args.rank_rule == "energy":
-            energies = {name: kept.energies(*bases[name]) for name, kept in found.items()}
-            ranks = {name: rank_from_energy(values, self.args.retained_energy) for name, values in energies.items()}
-            return ranks, {"rank_rule": "energy", "share": self.args.retained_energy}
+            bases = {name: singular_basis(layer.weight) for name, layer in self._layers.items()}
+            share = self.args.retained_energy
+            ranks = {name: rank_from_energy(kept.energies(*bases[name]), share) for name, kept in found.items()}
+            return ranks, bases, {"rank_rule": "energy", "share": share}
         importance = {name: kept.cosine for name, kept in found.items()}
         ratios = retained_ratios(
             importance, self.args.minimum_retention, self.args.target_retention, self.args.importance_score
@@ -159,7 +173,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 "or 'uniform' does not depend on these cosines.",
                 stacklevel=4,
             )
-        return ranks_from_ratios(ratios, sizes), {"rank_rule": "adaptive", "importance": importance}
+        return ranks_from_ratios(ratios, sizes), {}, {"rank_rule": "adaptive", "importance": importance}
 
     def _observe(self, number: int) -> dict[str, LayerStatistics]:
         """What passes the layers on the first rows of a task; every process sees the same ones."""
@@ -180,20 +194,19 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
 
     def after_task(self, number: int) -> None:
         reached = self._subspace_optimizer().state
-        idle = [name for name, s in self._subspaces.items() if s.rank and self._layers[name].weight not in reached]
+        idle = [name for name in self._subspaces if self._layers[name].weight not in reached]
         if idle:
             warnings.warn(
                 f"task {self.tasks[number].name!r}: no gradient reached {idle[0]} and {len(idle) - 1} other layers, so they were "
                 "not trained.",
                 stacklevel=3,
             )
-        drifts = [drift(layer.weight.detach(), self._subspaces[name]) for name, layer in self._layers.items()]
-        self.log({"subspace/drift": max(drifts)})
+        drifts = [drift(self._layers[name].weight.detach(), subspace) for name, subspace in self._subspaces.items()]
+        self.log({"subspace/drift": max(drifts, default=0.0)})
 
     def notes(self) -> tuple[str, ...]:
-        if not self._subspaces:
-            return ()
-        shares = [subspace.rank / len(subspace.values_P) for subspace in self._subspaces.values()]
+        sizes = self._sizes()
+        shares = [rank / sizes[name] for name, rank in self.ranks.items()]
         return (
             f"Singular directions protected during the last task: {sum(shares) / len(shares):.0%} of each of {len(shares)} "
             f"weights on average, from {min(shares):.0%} to {max(shares):.0%}.",
@@ -212,12 +225,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 groups.setdefault((name in decayed, scale), []).append(parameter)
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         rate = options.pop("lr")
-        subspaces = {
-            layer.weight: self._subspaces[name]
-            for name, layer in self._layers.items()
-            # With nothing protected a weight is trained as any other.
-            if self._subspaces[name].rank
-        }
+        subspaces = {self._layers[name].weight: subspace for name, subspace in self._subspaces.items()}
         self.optimizer = optimizer = SubspaceAdamW(
             [
                 {"params": found, "weight_decay": self.args.weight_decay if decays else 0.0, "lr": rate * scale}
@@ -257,30 +265,28 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         return self._subspace_optimizer().clip_grad_norm_(math.inf, model.parameters())
 
 
-def _save(subspaces: Mapping[str, Subspace], report: dict[str, Any], path: Path) -> None:
+def _save(subspaces: Mapping[str, Subspace], ranks: Mapping[str, int], report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{name}.basis": subspace.basis_PP.cpu().contiguous() for name, subspace in subspaces.items()}
     tensors |= {f"{name}.values": subspace.values_P.cpu() for name, subspace in subspaces.items()}
-    ranks = {name: subspace.rank for name, subspace in subspaces.items()}
     scratch = path.with_suffix(".tmp")
     save_file(tensors, scratch, {"ranks": json.dumps(ranks), "report": json.dumps(report)})
     scratch.replace(path)
 
 
-def _load(path: Path, layers: Mapping[str, Any]) -> dict[str, Subspace]:
+def _load(path: Path, layers: Mapping[str, Layer]) -> dict[str, Subspace]:
     if not path.is_file():
         raise ValueError(
             f"there is no {path}, without which the task cannot go on: start again in another output_dir."
         )
     with safe_open(path, "pt") as file:
-
-        def tensor(name: str, layer: Any) -> Tensor:
-            return file.get_tensor(name).to(layer.weight.device)
-
         ranks = json.loads(file.metadata()["ranks"])
         if set(ranks) != set(layers):
             raise ValueError(f"{path} is of other layers: use the same model and target_modules as before.")
-        return {
-            name: protect(layer.weight, (tensor(f"{name}.basis", layer), tensor(f"{name}.values", layer)), ranks[name])
-            for name, layer in layers.items()
-        }
+        found = {}
+        for name, rank in ranks.items():
+            if rank:
+                weight = layers[name].weight
+                basis, values = (file.get_tensor(f"{name}.{part}").to(weight.device) for part in ("basis", "values"))
+                found[name] = protect(weight, (basis, values), rank)
+        return found

@@ -420,6 +420,14 @@ def test_a_layer_that_nothing_passes(tmp_path):
         trained(tmp_path, model=model, save_strategy="no", rank_rule="uniform")
 
 
+def test_equal_singular_values_at_the_cut(tmp_path):
+    model = make_tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    torch.nn.init.orthogonal_(weight)
+    with pytest.warns(UserWarning, match=r"of model.layers.0.mlp.up_proj and 0 other layers, the last protected"):
+        trained(tmp_path, model=model, save_strategy="no", first_task_retention=0.5, max_steps=1)
+
+
 def test_tokens_that_are_routed_count_without_their_places():
     layer = torch.nn.Linear(6, 4)
 
