@@ -78,7 +78,6 @@ METHODS = {
     OURS: Method(AdaptiveSVD, looks_back="mean cosines"),
     f"{OURS}, energy 99 %": Method(AdaptiveSVD, config={"rank_rule": "energy"}, looks_back="second moments"),
     f"{OURS}, 80 % of every layer": uniform(0.8),
-    f"{OURS}, 50 % of every layer": uniform(0.5),
     f"{OURS}, 80 %, formula as printed": uniform(0.8, projection="joint"),
     "EWC": Method(EWC, looks_back="gradients of 200 rows"),
     "replay": Method(Replay, looks_back="28 rows"),

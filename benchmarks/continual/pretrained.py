@@ -119,8 +119,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     runs = stored_runs(NAME)
-    for method, options in METHODS.items():
-        for rate in RATES:
+    for rate in RATES:
+        for method, options in METHODS.items():
             if (method, rate) in [(run["method"], run["rate"]) for run in runs]:
                 continue
             runs.append({"method": method, "rate": rate, "seed": SEED, **measure(options, rate, tokenizer)})

@@ -99,4 +99,7 @@ def pretrained_model(seed: int) -> LlamaForCausalLM:
             **QUIET,
         )
         SFTTrainer(model, settings, train_dataset=texts, processing_class=tokenizer()).train()
-    return model
+    # TRL gives a trained model a forward that stays bound to it, in copies too.
+    fresh = LlamaForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
