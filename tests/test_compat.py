@@ -9,7 +9,7 @@ from peft.utils import hotswap
 from transformers import AutoConfig, DeepseekV3Config, DogeConfig, DogeForCausalLM, GPT2Config, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import DPOTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from hf_ext import _compat
 from tests.cache.squat import models as squat_models
@@ -129,3 +129,20 @@ def test_hooks_of_a_checkpointed_layer_run_once(tiny_llama):
     tiny_llama.gradient_checkpointing_enable()
     tiny_llama.train()(torch.tensor([[5, 6]])).logits.sum().backward()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_get_output_dir", ["trial"]),
+        ("_clip_grad_norm", ["model"]),
+        ("_get_grad_norm", ["model", "grad_norm"]),
+        ("_load_from_checkpoint", ["resume_from_checkpoint", "model"]),
+        ("_prepare_dataset", ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]),
+        ("create_optimizer", ["model"]),
+    ],
+)
+def test_hooks_of_trainers_that_task_sequences_use(name, parameters):
+    """Not public, but the places where `Trainer` and `SFTTrainer` let a subclass in; a renamed one would never be called."""
+    found = [p for p in inspect.signature(getattr(SFTTrainer, name)).parameters if p != "self"]
+    assert found == parameters

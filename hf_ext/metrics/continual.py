@@ -75,7 +75,8 @@ class TaskMatrix:
         if not 1 <= len(self.scores) <= len(self.tasks):
             raise ValueError(f"scores: {len(self.scores)} rows for {len(self.tasks)} tasks; give one per task learnt.")
         rows: dict[str, Any] = {f"scores[{i}]": row for i, row in enumerate(self.scores)}
-        rows |= {name: getattr(self, name) for name in ("before", "alone", "sizes") if getattr(self, name) is not None}
+        given = {"before": self.before, "alone": self.alone, "sizes": self.sizes}
+        rows |= {name: row for name, row in given.items() if row is not None}
         for name, row in rows.items():
             if len(row) != len(self.tasks):
                 raise ValueError(f"{name} has {len(row)} entries for {len(self.tasks)} tasks.")

@@ -13,7 +13,6 @@ name starts with an underscore, so that the Hub gets the model and the card alon
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -33,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.runs import dataset_digest
 
 STATE_FILE = "continual_state.json"
 
@@ -282,7 +282,7 @@ class TaskSequenceTrainer(SFTTrainer):
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a run to go on: the tasks, their data, and the seed."""
-        data = {task.name: _digest(task.train) for task in self.tasks}
+        data = {task.name: dataset_digest(task.train) for task in self.tasks}
         return {"tasks": list(data), "data": list(data.values()), "seed": self.args.seed}
 
     def _started(self) -> int:
@@ -374,9 +374,3 @@ class TaskSequenceTrainer(SFTTrainer):
             card = ModelCard.load(path)
             card.text = f"{card.text.rstrip()}\n\n## Tasks learnt one after another\n\n{report.table()}\n"
             card.save(path)
-
-
-def _digest(data: Dataset) -> str:
-    """Identifies a dataset by its columns, its length and its first rows."""
-    content = json.dumps([data.column_names, len(data), data[:100]], default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -32,6 +32,7 @@ from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import Layer, find_targets, observe
+from hf_ext.trainers.runs import default_folder
 from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
 
 SUBSPACE_FILE = "subspace.safetensors"
@@ -84,8 +85,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else str(model.config.name_or_path)
-            args = AdaptiveSVDConfig(f"{name.split('/')[-1]}-adaptive-svd")
+            args = AdaptiveSVDConfig(default_folder(model, ADAPTIVE_SVD.slug))
         if not isinstance(args, AdaptiveSVDConfig):
             raise TypeError(
                 f"args is a {type(args).__name__}; AdaptiveSVDTrainer takes AdaptiveSVDConfig, a subclass."

@@ -25,6 +25,7 @@ from hf_ext.trainers.flat.reading import NoReference, check_adapter_leaves_the_b
 from hf_ext.trainers.flat.references import ReferenceTrainer
 from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_templates
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.runs import default_folder
 
 
 class _FollowEpoch(TrainerCallback):
@@ -108,8 +109,7 @@ class UnlearnTrainer(ReferenceTrainer):
         data_collator: Any = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else str(model.config.name_or_path)
-            args = self._config_class(f"{name.split('/')[-1]}-{self._name}")
+            args = self._config_class(default_folder(model, self._name))
         if not isinstance(args, self._config_class):
             raise TypeError(
                 f"args is a {type(args).__name__}; {type(self).__name__} takes {self._config_class.__name__}, which "

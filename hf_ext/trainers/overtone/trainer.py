@@ -19,6 +19,7 @@ from hf_ext.trainers.overtone.config import OvertoneConfig
 from hf_ext.trainers.overtone.head import add_overtone_head
 from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, TokenLosses
 from hf_ext.trainers.overtone.statistics import OvertoneStatistics
+from hf_ext.trainers.runs import default_folder
 
 if TYPE_CHECKING:
     from accelerate import ParallelismConfig
@@ -133,8 +134,7 @@ class OvertoneTrainer(OvertoneMixin, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else str(model.config.name_or_path)
-            args = OvertoneConfig(f"{name.split('/')[-1]}-{OVERTONE.name}")
+            args = OvertoneConfig(default_folder(model, OVERTONE.name))
         if not isinstance(args, OvertoneConfig):
             raise TypeError(
                 f"args is a {type(args).__name__}; OvertoneTrainer needs an OvertoneConfig, which takes the same fields."

@@ -8,7 +8,6 @@ says in how many pairs of finished runs the same order was right.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -21,6 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
+
+from hf_ext.trainers.runs import dataset_digest
 
 logger = logging.get_logger(__name__)
 
@@ -194,13 +195,11 @@ def read_ledger(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 def likeness(args: TrainingArguments, model: Any, loader: DataLoader) -> dict[str, Any]:
     """What runs must share for their gradient norms to be comparable."""
     data = loader.dataset if isinstance(loader.dataset, Dataset) else None
-    first = "" if data is None else json.dumps([data.column_names, data[:1]], default=str)
     return {
         "model": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "data": hashlib.sha256(first.encode()).hexdigest()[:12],
-        "rows": None if data is None else len(data),
+        "data": None if data is None else dataset_digest(data),
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
 
