@@ -17,6 +17,9 @@ SCRIPTS = (
     "unlearning.cost",
     "unlearning.islands",
     "unlearning.author",
+    "continual.cost",
+    "continual.five_tasks",
+    "continual.pretrained",
 )
 
 

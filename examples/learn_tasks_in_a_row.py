@@ -40,6 +40,7 @@ def make_task(language: str) -> ContinualTask:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("languages"))
+    parser.add_argument("--model", help="a folder or a Hub id; Gemma 3 270M as it comes with the demo by default")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     settings = {
@@ -54,15 +55,16 @@ def main() -> None:
         "report_to": [],
     }
     tasks = [make_task(language) for language in LANGUAGES]
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = options.model or str(embedded_model())
+    tokenizer = AutoTokenizer.from_pretrained(model)
     plain = TaskSequenceTrainer(
-        AutoModelForCausalLM.from_pretrained(embedded_model()),
+        AutoModelForCausalLM.from_pretrained(model),
         SFTConfig(str(options.output / "plain"), **settings),
         tasks,
         processing_class=tokenizer,
     )
     protected = AdaptiveSVDTrainer(
-        AutoModelForCausalLM.from_pretrained(embedded_model()),
+        AutoModelForCausalLM.from_pretrained(model),
         AdaptiveSVDConfig(str(options.output / "protected"), first_task_retention=0.8, rank_rule="energy", **settings),
         tasks,
         processing_class=tokenizer,
@@ -75,7 +77,7 @@ def main() -> None:
             if value is not None:
                 print(f"{metric.replace('_', ' ')}: {value:.1f}")
         trainer.matrix.plot(options.output / f"{name.replace(' ', '_')}.png", title=name)
-    save(protected, options.output / "model", license="gemma")
+    save(protected, options.output / "model", license="gemma" if options.model is None else None)
     print(f"\nThe model and its card are in {options.output / 'model'}, the heat maps beside it.")
 
 

@@ -12,14 +12,16 @@ from hf_ext.trainers.adaptive_svd.importance import SCORES
 
 RANK_RULES = ("adaptive", "uniform", "energy")
 PROJECTIONS = ("double", "joint")
-_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+EIGHT_BIT = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT)
+_ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, *EIGHT_BIT)
 
 
 @dataclass
 class AdaptiveSVDConfig(SFTConfig):
     r"""
     Arguments of [`AdaptiveSVDTrainer`]: those of [`~trl.SFTConfig`] and the following
-    (https://huggingface.co/papers/2504.07097). Steps, epochs and the learning rate schedule are those of each task.
+    (https://huggingface.co/papers/2504.07097). Steps, epochs and the learning rate schedule are those of each task. With
+    `optim="adamw_bnb_8bit"` the moments of the targeted layers are kept in 8 bits, which the projection of the update follows.
 
     Parameters:
         target_modules (`list[str]` or `str`, *optional*):
@@ -86,7 +88,7 @@ class AdaptiveSVDConfig(SFTConfig):
         super().__post_init__()
         if self.optim not in _ADAMW:
             raise ValueError(
-                f"optim={str(self.optim)!r}: inside a subspace only adamw_torch and adamw_torch_fused work."
+                f"optim={str(self.optim)!r}: inside a subspace only adamw_torch, adamw_torch_fused and adamw_bnb_8bit work."
             )
         if self.fp16:
             raise ValueError("fp16=True scales the loss, which subspace gradients do not follow: use bf16=True.")

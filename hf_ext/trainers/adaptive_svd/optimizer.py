@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.adamw import adamw
 
+from hf_ext.trainers.adaptive_svd.moments import new_moments, step_moments
 from hf_ext.trainers.adaptive_svd.subspace import (
     Subspace,
     add_expanded,
@@ -40,6 +40,8 @@ class SubspaceAdamW(AdamW):
     Args:
         params: as for `AdamW`; weights with a subspace among them.
         subspaces: parameter -> what is protected of it, at its present value.
+        eight_bit: parameters with or without a subspace whose moments are kept in 8 bits by bitsandbytes. The update is projected after
+            they have made it, so that rounding does not leave the subspace either.
         joint: the paper's formula, for comparison: moments in the shape of the weight, and a copy of its start.
         lr, betas, eps, weight_decay: of AdamW, also in groups. `fused` is for the other parameters.
 
@@ -52,6 +54,7 @@ class SubspaceAdamW(AdamW):
         params: Iterable[Any],
         subspaces: Mapping[Tensor, Subspace],
         *,
+        eight_bit: Iterable[Tensor] = (),
         joint: bool = False,
         **options: Any,
     ) -> None:
@@ -62,7 +65,7 @@ class SubspaceAdamW(AdamW):
         given = {id(p) for group in self.param_groups for p in group["params"]}
         if any(id(parameter) not in given for parameter in subspaces):
             raise ValueError("subspaces: a tensor is not among the parameters of the optimizer; is it trainable?")
-        self._subspaces, self._joint = dict(subspaces), joint
+        self._subspaces, self._eight_bit, self._joint = dict(subspaces), set(eight_bit), joint
         self._rows: dict[Tensor, Tensor] = {}
         self._gradients: dict[Tensor, Tensor] = {}
         # Of the weights as they are in this step: for the gradient and the update.
@@ -132,44 +135,37 @@ class SubspaceAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._reduce_all()
-        # Without a `.grad`, weights with a subspace are none of AdamW's business.
+        plain = {p: p.grad for p in self._eight_bit if p.grad is not None}
+        for parameter in plain:
+            parameter.grad = None
+        # Without a `.grad`, these and weights with a subspace are none of AdamW's business.
         super().step()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self._gradients:
                     self._update(parameter, self._gradients.pop(parameter), group)
+                elif parameter in plain:
+                    self._prepare(parameter, parameter, group)
+                    step_moments(parameter, plain.pop(parameter), self.state[parameter], group)
         return loss
+
+    def _prepare(self, parameter: Tensor, value: Tensor, group: dict[str, Any]) -> None:
+        """Make the moments of `value`, if this is the first step of the parameter."""
+        if not self.state[parameter]:
+            self.state[parameter].update(new_moments(value, parameter in self._eight_bit, bool(group["fused"])))
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, subspace = self.state[parameter], self._subspaces[parameter]
-        rounded = parameter.dtype != torch.float32
-        fused = bool(group["fused"])
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        rounded, first = parameter.dtype != torch.float32, not state
+        self._prepare(parameter, gradient, group)
+        if first:
             if rounded or group["weight_decay"] != 0:
                 state["change"] = torch.zeros_like(gradient)
             if rounded or self._joint:
                 state["start"] = parameter.detach().clone()
         change = state.get("change")
         moved = torch.zeros_like(gradient) if change is None else change.clone()
-        adamw(
-            [moved],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            foreach=False,
-            fused=fused,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        step_moments(moved, gradient, state, group)
         start = self._start(parameter).float()
         step = moved if change is None or rounded else moved - change
         # What is rounded is written anew from its start.
@@ -188,11 +184,11 @@ class SubspaceAdamW(AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch casts what it loads to the dtype of the parameter, but coordinates are float32.
+        # torch casts what it loads to the dtype of the parameter, but coordinates are float32, and codes are bytes.
         order = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for parameter, number in zip(order, numbers, strict=True):
-            if parameter in self._subspaces and number in state_dict["state"]:
+            if (parameter in self._subspaces or parameter in self._eight_bit) and number in state_dict["state"]:
                 for name, value in state_dict["state"][number].items():
                     if name != "step":
                         self.state[parameter][name] = value.to(parameter.device, copy=True)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_ext.registry import ADAPTIVE_SVD
-from hf_ext.trainers.adaptive_svd.config import AdaptiveSVDConfig
+from hf_ext.trainers.adaptive_svd.config import EIGHT_BIT, AdaptiveSVDConfig
 from hf_ext.trainers.adaptive_svd.importance import (
     LayerStatistics,
     is_degenerate,
@@ -225,6 +225,8 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 groups.setdefault((name in decayed, scale), []).append(parameter)
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         rate = options.pop("lr")
+        if self.args.optim in EIGHT_BIT:
+            options = {name: options[name] for name in ("betas", "eps")}
         subspaces = {self._layers[name].weight: subspace for name, subspace in self._subspaces.items()}
         self.optimizer = optimizer = SubspaceAdamW(
             [
@@ -232,6 +234,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
                 for (decays, scale), found in groups.items()
             ],
             subspaces,
+            eight_bit=self._targeted if self.args.optim in EIGHT_BIT else (),
             joint=self.args.projection == "joint",
             lr=rate,
             **options,

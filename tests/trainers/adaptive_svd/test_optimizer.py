@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -70,6 +71,43 @@ def test_nothing_leaves_the_subspace(shape, options, run):
     assert end < start - 0.05
     assert max(leak(before, layer.weight.detach(), 9)) <= 1e-6
     assert drift(layer.weight.detach(), subspace) <= 1e-6
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_moments_in_eight_bits_stay_inside_too(decay):
+    layers, ends = [make_layer((96, 128)) for _ in range(2)], []
+    before = layers[0].weight.detach().clone()
+    for layer, eight_bit in zip(layers, ([], [layers[1].weight]), strict=True):
+        subspace, optimizer = protected(layer, 40, eight_bit=eight_bit, weight_decay=decay, lr=2e-3)
+        ends.append(fit(layer, optimizer, make_data((96, 128)), 60))
+        assert max(leak(before, layer.weight.detach(), 40)) <= 1e-6
+        assert drift(layer.weight.detach(), subspace) <= 1e-6
+    sizes = [value.element_size() for value in optimizer.state[layers[1].weight].values() if value.numel() > 1000]
+    assert sizes.count(1) == 2 and not layers[0].weight.equal(layers[1].weight)
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+
+
+def test_eight_bits_without_a_subspace_are_bitsandbytes():
+    ours, theirs = make_layer((96, 128)), make_layer((96, 128))
+    options = {"lr": 1e-3, "weight_decay": 0.1}
+    fit(ours, SubspaceAdamW([ours.weight], {}, eight_bit=[ours.weight], **options), make_data((96, 128)), 10)
+    fit(theirs, AdamW8bit([theirs.weight], **options), make_data((96, 128)), 10)
+    assert ours.weight.equal(theirs.weight)
+
+
+def test_eight_bit_states_are_saved_as_they_are():
+    ends = []
+    for stops in (False, True):
+        layer = make_layer((96, 128))
+        subspace, optimizer = protected(layer, 40, eight_bit=[layer.weight])
+        fit(layer, optimizer, make_data((96, 128)), 5)
+        if stops:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SubspaceAdamW(layer.parameters(), {layer.weight: subspace}, eight_bit=[layer.weight], lr=1e-2)
+            optimizer.load_state_dict(saved)
+        fit(layer, optimizer, make_data((96, 128)), 5)
+        ends.append(layer.weight.detach().clone())
+    assert ends[0].equal(ends[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

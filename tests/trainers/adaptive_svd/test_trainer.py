@@ -420,6 +420,23 @@ def test_a_layer_that_nothing_passes(tmp_path):
         trained(tmp_path, model=model, save_strategy="no", rank_rule="uniform")
 
 
+def test_eight_bit_moments_resume_to_the_same_weights(tmp_path):
+    options = {"optim": "adamw_bnb_8bit", "first_task_retention": 0.5, "weight_decay": 0.1}
+
+    def model():
+        return make_tiny_llama(hidden_size=64, intermediate_size=160)
+
+    whole = trained(tmp_path, model=model(), **options)
+    expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    cut_back(tmp_path, 1, 2)
+    trainer = make_trainer(tmp_path, model=model(), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert all(value.equal(expected[name]) for name, value in trainer.model.state_dict().items())
+    states = trainer._subspace_optimizer().state
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    assert states[weight]["state1"].dtype == torch.uint8 and "exp_avg" in states[trainer.model.lm_head.weight]
+
+
 def test_equal_singular_values_at_the_cut(tmp_path):
     model = make_tiny_llama()
     weight = model.model.layers[0].mlp.up_proj.weight
