@@ -33,11 +33,12 @@ from hf_ext.trainers.task_sequence import TaskSequenceTrainer
 NAME, SEED = "continual_pretrained", 0
 TASKS = ("agnews", "yelp", "dbpedia_a")
 TRAIN_ROWS, EVAL_ROWS, BATCH, MICRO_BATCH, TEXT_TOKENS = 96, 40, 8, 4, 256
-UNIFORM = {"rank_rule": "uniform", "target_retention": 0.8, "first_task_retention": 0.8}
+PROTECTED = {"first_task_retention": 0.8}
 METHODS: dict[str, dict[str, Any] | None] = {
     "fine-tuning": None,
-    "adaptive SVD, 80 % of every layer": UNIFORM,
-    "adaptive SVD": {"first_task_retention": 0.8},
+    "adaptive SVD, energy 99 %": {"rank_rule": "energy", **PROTECTED},
+    "adaptive SVD, 80 % of every layer": {"rank_rule": "uniform", "target_retention": 0.8, **PROTECTED},
+    "adaptive SVD": PROTECTED,
 }
 RATES = (3e-5, 1e-5)
 
