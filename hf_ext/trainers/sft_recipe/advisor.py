@@ -27,7 +27,8 @@ logger = logging.get_logger(__name__)
 
 # Sign with which each number is small in runs that end well, as the study found.
 INDICATORS = {"grad_norm": 1.0, "loss": -1.0}
-_ENOUGH = 3
+# With fewer no order is beyond chance.
+_ENOUGH = 4
 
 
 class SweepAdvisor(TrainerCallback, ExportableState):
@@ -164,9 +165,12 @@ class SweepAdvisor(TrainerCallback, ExportableState):
         right = sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs)
         if not pairs:
             return "all finished runs are equal."
+        # Twice the deviation of Kendall's S if the two orders had nothing to do with each other.
+        count = len(finished)
+        chance = 2 * math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
         verdict = (
             "so it tells little here"
-            if abs(2 * right - len(pairs)) < math.sqrt(len(pairs))
+            if abs(2 * right - len(pairs)) < chance
             else ("so far it holds here" if 2 * right > len(pairs) else "so here it is the other way round")
         )
         return f"in {right} of {len(pairs)} pairs of finished runs this order agreed with {self.metric}, {verdict}."

@@ -17,7 +17,6 @@ Most runs of the study are single ones, and differences of 0.01 are within their
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +131,10 @@ def sft_recipe(
         raise ValueError(f"samples={samples} is less than one for each of {world_size} processes.")
     preset = PRESETS[name]
     wanted = preset.batch or batch_for(samples)
+    together = world_size * per_device
     most = max(samples // MINIMUM_STEPS // world_size, 1) * world_size
+    # A multiple of what fits on the devices, so that few steps are not made of many tiny batches.
+    most = most // together * together or most
     if wanted > most:
         warnings.warn(
             f"{samples} samples in batches of {wanted} would be {samples / wanted:.1f} steps per epoch: the batch is {most}, so "
@@ -146,7 +148,7 @@ def sft_recipe(
         "gradient_accumulation_steps": accumulation,
         "learning_rate": preset.learning_rate,
         "lr_scheduler_type": preset.scheduler,
-        "warmup_steps": math.ceil(preset.warmup_ratio * preset.epochs * samples / (size * accumulation * world_size)),
+        "warmup_steps": preset.warmup_ratio,  # below 1 it is a share of all steps
         "num_train_epochs": preset.epochs,
         "weight_decay": 0.0,
         "adam_beta2": 0.95,

@@ -30,7 +30,7 @@ def test_the_numbers_of_the_study(tmp_path, name, batch, schedule):
     assert effective(args, 8) == batch and args.per_device_train_batch_size == 4
     assert args.lr_scheduler_type == schedule and args.learning_rate == PRESETS[name].learning_rate
     assert (args.weight_decay, args.adam_beta2) == (0.0, 0.95)
-    assert args.warmup_steps == (704 if name == "tulu" else 0)
+    assert args.warmup_steps == (0.03 if name == "tulu" else 0) and args.get_warmup_steps(1000) in (0, 30)
 
 
 def test_settings_can_be_replaced(tmp_path):
@@ -45,10 +45,10 @@ def test_the_batch_grows_with_the_data(samples, batch):
 
 def test_small_data_do_not_get_large_batches(tmp_path):
     with pytest.warns(
-        UserWarning, match=r"1000 samples in batches of 3840 would be 0.3 steps per epoch: the batch is 50"
+        UserWarning, match=r"1000 samples in batches of 3840 would be 0.3 steps per epoch: the batch is 48"
     ):
         args = sft_recipe("lab", str(tmp_path), 1000, bf16=False)
-    assert effective(args) == 50 and args.per_device_train_batch_size == 5
+    assert effective(args) == 48 and args.per_device_train_batch_size == 8
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert effective(sft_recipe("tulu", str(tmp_path), 128 * 20, bf16=False)) == 128
