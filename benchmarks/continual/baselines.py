@@ -128,11 +128,16 @@ class OLoRA(OptionTrainer):
 
 
 class OSF(OptionTrainer):
-    """PEFT's OSF, merged after every task. `rest`: train what is not targeted too, which PEFT freezes."""
+    """PEFT's OSF from the second task on, merged after every one; the first is plain fine-tuning, as in the reference.
+
+    `rest`: train what is not targeted too, which PEFT freezes.
+    """
 
     retention, rest = 0.8, False
 
     def before_task(self, number: int, resumed: bool) -> None:
+        if number == 0:
+            return
         config = OSFConfig(effective_rank=self.retention, target_modules=linear_names(self.model))
         adapted = get_peft_model(self.model, config)
         if self.rest:
@@ -142,8 +147,8 @@ class OSF(OptionTrainer):
         self.model = self.model_wrapped = adapted
 
     def after_task(self, number: int) -> None:
-        assert isinstance(self.model, PeftModel)
-        self.model = self.model_wrapped = self.model.merge_and_unload().requires_grad_(True)
+        if isinstance(self.model, PeftModel):
+            self.model = self.model_wrapped = self.model.merge_and_unload().requires_grad_(True)
 
 
 def lora() -> LoraConfig:

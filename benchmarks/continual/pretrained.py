@@ -32,7 +32,8 @@ from hf_ext.trainers.task_sequence import TaskSequenceTrainer
 
 NAME, SEED = "continual_pretrained", 0
 TASKS = ("agnews", "yelp", "dbpedia_a")
-TRAIN_ROWS, EVAL_ROWS, BATCH, MICRO_BATCH, TEXT_TOKENS = 96, 40, 8, 4, 256
+TRAIN_ROWS, EVAL_ROWS, BATCH, MICRO_BATCH = 96, 40, 8, 4
+TEXTS, TEXT_TOKENS = 12, 256
 PROTECTED = {"first_task_retention": 0.8}
 METHODS: dict[str, dict[str, Any] | None] = {
     "fine-tuning": None,
@@ -45,9 +46,9 @@ RATES = (3e-5, 1e-5)
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any) -> float:
-    """On windows of the language reference."""
+    """On the beginnings of windows of the language reference, each of which starts as the tokenizer starts a text."""
     model.eval()
-    rows = windows(tokenizer, 2).view(-1, TEXT_TOKENS)
+    rows = windows(tokenizer, TEXTS)[:, :TEXT_TOKENS]
     losses = [float(model(row[None], labels=row[None]).loss) for row in rows]
     return math.exp(sum(losses) / len(losses))
 

@@ -17,6 +17,7 @@ def default_folder(model: str | PreTrainedModel | PeftModel, method: str) -> str
 
 
 def dataset_digest(data: Dataset) -> str:
-    """Identifies a dataset by its columns, its length and its first hundred rows."""
-    content = json.dumps([data.column_names, len(data), data[:100]], default=str)
+    """Identifies a dataset by its columns, its length and some thousand rows from all over it."""
+    rows = data[:: max(1, len(data) // 1000)]
+    content = json.dumps([data.column_names, len(data), rows], default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

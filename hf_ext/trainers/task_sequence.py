@@ -2,7 +2,7 @@
 
 It trains the tasks in order, reads the scores on all of them after each, and writes everything below `output_dir`:
 
-    continual_state.json           tasks, how many are learnt, the task matrix; written last, under a temporary name
+    _continual_state.json          tasks, how many are learnt, the task matrix; written last, under a temporary name
     README.md                      TRL's card with the task matrix
     _task_00_first/checkpoint-8/   checkpoints of one task, with optimizer and random state
     _task_00_first/                the model after the task
@@ -13,6 +13,7 @@ name starts with an underscore, so that the Hub gets the model and the card alon
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -26,15 +27,15 @@ from huggingface_hub import ModelCard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy, SaveStrategy, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
 from hf_ext.trainers.runs import dataset_digest
 
-STATE_FILE = "continual_state.json"
+STATE_FILE = "_continual_state.json"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class TaskSequenceTrainer(SFTTrainer):
             an interrupted run starts again.
         tasks: `ContinualTask`s, or a mapping of names to training datasets.
         kwargs: as for `SFTTrainer`.
+
+    Raises:
+        ValueError: no tasks, or an option that has no meaning for a sequence of them.
     """
 
     args: SFTConfig
@@ -132,6 +136,8 @@ class TaskSequenceTrainer(SFTTrainer):
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} has no place in a sequence of tasks: give tasks=[ContinualTask(...), ...].")
+        if args is not None:
+            _check(args)
         self.tasks = read_tasks(tasks)
         self.task_number = 0
         before = restore_forward(model)
@@ -145,13 +151,16 @@ class TaskSequenceTrainer(SFTTrainer):
     # -- hooks for subclasses ----------------------------------------------------------------------------------------
 
     def before_task(self, number: int, resumed: bool) -> None:
-        """Called with the weights as the task starts, or as it was interrupted; the optimizer is created afterwards."""
+        """Called with the weights as the task starts; those of a resumed one are loaded afterwards, and the optimizer made."""
 
     def release_task(self, number: int) -> None:
         """Called when the training of a task has ended, by an error or an interruption too."""
 
     def after_task(self, number: int) -> None:
         """Called when a task is learnt, before it is scored and saved."""
+
+    def restore_task(self, number: int) -> None:
+        """Called when a run goes on after this task, with the model that was saved after it."""
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -174,18 +183,33 @@ class TaskSequenceTrainer(SFTTrainer):
         result = None
         for number in range(finished, len(self.tasks)):
             checkpoint = self._last_checkpoint(number) if resume_from_checkpoint else None
+            if number == 0 and resume_from_checkpoint and checkpoint is None and self.state.global_step:
+                raise ValueError(
+                    "the first task was interrupted before its first checkpoint, and this model is half trained: make the "
+                    "trainer anew."
+                )
             self.task_number = number
             set_seed(self.args.seed + number)
             self.optimizer = self.lr_scheduler = None
             self.train_dataset = self.prepared(number)
             self.before_task(number, resumed=checkpoint is not None)
             try:
-                result = super().train(checkpoint, *args, **kwargs)
+                if checkpoint is None or not self._was_last(checkpoint):
+                    result = super().train(checkpoint, *args, **kwargs)
             finally:
                 self.release_task(number)
             self.after_task(number)
             self._finish(number)
         return result
+
+    def _was_last(self, checkpoint: str) -> bool:
+        """Load a checkpoint after which nothing is left to train; `Trainer` would take one step more."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return True
 
     def prepared(self, number: int) -> Dataset:
         """The training dataset of a task, tokenised."""
@@ -194,9 +218,16 @@ class TaskSequenceTrainer(SFTTrainer):
             self._prepared[number] = self._tokenised(task.train, f"train ({task.name})")
         return self._prepared[number]
 
-    def _tokenised(self, data: Dataset, name: str, packing: bool | None = None) -> Dataset:
-        packed = self.args.packing if packing is None else packing
-        return self._prepare_dataset(data, self.processing_class, self.args, packed, self._formatting_func, name)
+    def _tokenised(self, data: Dataset, name: str, packing: bool | None = None, whole: bool = False) -> Dataset:
+        """Tokenised as `SFTTrainer` would; `whole`: not truncated."""
+        if self.args.completion_only_loss is None:
+            # TRL looks at the first dataset alone.
+            self.completion_only_loss = {"prompt", "completion"} <= set(data.column_names)
+        packed, args = self.args.packing if packing is None else packing, self.args
+        if whole:
+            args = copy.copy(args)
+            args.max_length = None
+        return self._prepare_dataset(data, self.processing_class, args, packed, self._formatting_func, name)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder_of(self.task_number))
@@ -220,8 +251,8 @@ class TaskSequenceTrainer(SFTTrainer):
         if right is None:
             return 100 * float(top1.mean())
         log_probs = log_probs.view_as(right)
-        chosen = log_probs.masked_fill(~right, -torch.inf).amax(-1) >= log_probs.amax(-1)
-        return 100 * float(chosen.double().mean())
+        best = log_probs >= log_probs.amax(-1, keepdim=True)
+        return 100 * float(((best & right).sum(-1) / best.sum(-1)).double().mean())
 
     def _read_answers(self, task: ContinualTask) -> tuple[Dataset, None]:
         assert task.eval is not None
@@ -232,11 +263,16 @@ class TaskSequenceTrainer(SFTTrainer):
         assert task.eval is not None and task.options is not None
         rows = [{**row, "completion": option} for row in task.eval for option in task.options]
         right = torch.tensor([[option == answer for option in task.options] for answer in task.eval["completion"]])
-        data = self._tokenised(Dataset.from_list(rows), f"eval ({task.name})", packing=False)
-        if len(data) != right.numel():
+        pairs, name = Dataset.from_list(rows), f"eval ({task.name})"
+        data = self._tokenised(pairs, name, packing=False)
+        whole = self._tokenised(pairs, name, packing=False, whole=True)
+        cut = len(whole) - len(data)
+        if not cut:
+            cut = sum(_answer_tokens(a) < _answer_tokens(b) for a, b in zip(data, whole, strict=True))
+        if cut:
             raise ValueError(
                 f"task {task.name!r}: max_length={self.args.max_length} leaves no room for an answer in "
-                f"{right.numel() - len(data)} of {right.numel()} pairs of eval rows and options: raise it."
+                f"{cut} of {right.numel()} pairs of eval rows and options: raise it."
             )
         return data, right
 
@@ -282,8 +318,12 @@ class TaskSequenceTrainer(SFTTrainer):
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a run to go on: the tasks, their data, and the seed."""
-        data = {task.name: dataset_digest(task.train) for task in self.tasks}
-        return {"tasks": list(data), "data": list(data.values()), "seed": self.args.seed}
+        data = [
+            [dataset_digest(split) for split in (task.train, task.eval) if split is not None] for task in self.tasks
+        ]
+        options = [task.options and list(task.options) for task in self.tasks]
+        names = [task.name for task in self.tasks]
+        return {"tasks": names, "data": data, "options": options, "seed": self.args.seed}
 
     def _started(self) -> int:
         path = Path(str(self.args.output_dir)) / STATE_FILE
@@ -309,6 +349,7 @@ class TaskSequenceTrainer(SFTTrainer):
         self._rows, self._before = [tuple(row) for row in state["rows"]], tuple(state["before"])
         if self._rows:
             self._load_from_checkpoint(str(self.folder_of(len(self._rows) - 1)))
+            self.restore_task(len(self._rows) - 1)
         return len(self._rows)
 
     def _last_checkpoint(self, number: int) -> str | None:
@@ -374,3 +415,23 @@ class TaskSequenceTrainer(SFTTrainer):
             card = ModelCard.load(path)
             card.text = f"{card.text.rstrip()}\n\n## Tasks learnt one after another\n\n{report.table()}\n"
             card.save(path)
+
+
+def _answer_tokens(row: Any) -> int:
+    return sum(label != -100 for label in row["labels"])
+
+
+def _check(args: SFTConfig) -> None:
+    if args.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} has no place in a sequence: the tasks' eval rows are scored after every task."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True starts again inside a task, with gradients of the attempt that failed: set the batch size."
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={HubStrategy(args.hub_strategy).value!r} would let the checkpoints of one task replace another's on the Hub: use "
+            "'every_save' or 'end'."
+        )

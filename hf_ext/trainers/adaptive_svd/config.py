@@ -88,7 +88,7 @@ class AdaptiveSVDConfig(SFTConfig):
         super().__post_init__()
         if self.optim not in _ADAMW:
             raise ValueError(
-                f"optim={str(self.optim)!r}: inside a subspace only adamw_torch, adamw_torch_fused and adamw_bnb_8bit work."
+                f"optim={OptimizerNames(self.optim).value!r}: inside a subspace only adamw_torch, adamw_torch_fused and adamw_bnb_8bit work."
             )
         if self.fp16:
             raise ValueError("fp16=True scales the loss, which subspace gradients do not follow: use bf16=True.")

@@ -35,7 +35,7 @@ class SubspaceAdamW(AdamW):
     as its start plus the change, both of which are exact, since small updates added to it would be rounded away.
 
     The gradient of such a weight is reduced before the step, from `.grad` or from what `accumulate` was given instead, so that
-    `clip_grad_norm_` of this class takes the place of torch's.
+    `clip_grad_norm_` of this class takes the place of torch's, and its `zero_grad` that of the model.
 
     Args:
         params: as for `AdamW`; weights with a subspace among them.
@@ -183,6 +183,12 @@ class SubspaceAdamW(AdamW):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: the state is that of other subspaces, or of the other projection.
+        """
+        self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         # torch casts what it loads to the dtype of the parameter, but coordinates are float32, and codes are bytes.
         order = [p for group in self.param_groups for p in group["params"]]
@@ -192,3 +198,20 @@ class SubspaceAdamW(AdamW):
                 for name, value in state_dict["state"][number].items():
                     if name != "step":
                         self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        order = [p for group in self.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        # torch says what is wrong if there are more or fewer.
+        for parameter, number in zip(order, numbers, strict=False):
+            if parameter not in self._subspaces or number not in state_dict["state"]:
+                continue
+            subspace, state = self._subspaces[parameter], state_dict["state"][number]
+            whole = subspace.oriented(parameter).shape
+            expected = parameter.shape if self._joint else (whole[0] - subspace.rank, whole[1])
+            found = state["state1" if "state1" in state else "exp_avg"].shape
+            if found != expected:
+                raise ValueError(
+                    f"the moments of parameter {number} have shape {tuple(found)}, and its subspace needs {tuple(expected)}: load the "
+                    "state with the subspaces and the projection that it was saved with."
+                )

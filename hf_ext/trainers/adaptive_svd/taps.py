@@ -28,7 +28,9 @@ class _Tap(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(inputs)
         ctx.sink = sink
-        return outputs.view_as(outputs)
+        # Not a view: models may change what they get in place.
+        ctx.mark_dirty(outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -51,8 +53,10 @@ def tap(layer: Layer, subspace: Subspace, receive: Callable[[Tensor], None]) -> 
     anchor = torch.zeros((), requires_grad=True)
 
     def sink(inputs_TM: Tensor, gradient_TN: Tensor) -> None:
+        # Under autocast the inputs are as the layer got them, in float32.
+        inputs_TM = inputs_TM.to(gradient_TN.dtype)
         short, long = (gradient_TN, inputs_TM) if outputs_first else (inputs_TM, gradient_TN)
-        receive((short @ subspace.free_PF.to(short.dtype)).mT @ long.to(short.dtype))
+        receive((short @ subspace.free_PF.to(short.dtype)).mT @ long)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         return _Tap.apply(outputs, args[0], anchor, sink) if torch.is_grad_enabled() else outputs

@@ -109,6 +109,17 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         self._subspaces: dict[str, Subspace] = {}
         self._taps: list[RemovableHandle] = []
         self._targeted = {layer.weight for layer in self._layers.values()}
+        rounded = [
+            n
+            for n, p in self.model.named_parameters()
+            if p.requires_grad and p.dtype != torch.float32 and p not in self._targeted
+        ]
+        if rounded and args.unprotected_lr_scale:
+            warnings.warn(
+                f"{len(rounded)} trained parameters without a subspace, such as {rounded[0]}, are not in float32, and small updates added "
+                "to them are rounded away: load the model in float32 and set bf16=True, or freeze them with unprotected_lr_scale=0.",
+                stacklevel=2,
+            )
         if args.unprotected_lr_scale == 0:
             for parameter in self.model.parameters():
                 parameter.requires_grad_(parameter in self._targeted)
@@ -130,12 +141,19 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             self._subspaces = _load(path, self._layers)
         else:
             ranks, bases, report = self._choose_ranks(number)
-            # A layer with nothing protected is trained as any other.
-            self._subspaces = {
-                name: protect(layer.weight, bases.get(name) or singular_basis(layer.weight), ranks[name])
-                for name, layer in self._layers.items()
-                if ranks[name]
-            }
+            self._subspaces = {}
+            for name, layer in self._layers.items():
+                if ranks[name]:
+                    basis = bases.get(name) or singular_basis(layer.weight)
+                    self._subspaces[name] = protect(layer.weight, basis, ranks[name])
+                elif layer.weight.dtype != torch.float32:
+                    # In any basis, so that the change is kept in float32; in float32 it is trained as any other.
+                    size = min(layer.weight.shape)
+                    basis = (
+                        torch.eye(size, device=layer.weight.device),
+                        layer.weight.new_zeros(size, dtype=torch.float32),
+                    )
+                    self._subspaces[name] = protect(layer.weight, basis, 0)
             if self._keeps_files and self.is_world_process_zero():
                 _save(self._subspaces, ranks, report, path)
         equal = [name for name, subspace in self._subspaces.items() if subspace.cuts_between_equals]
@@ -149,6 +167,13 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             raise ValueError(
                 f"task {self.tasks[number].name!r}: every direction is protected, so nothing is left to train."
             )
+
+    def restore_task(self, number: int) -> None:
+        path = self.folder_of(number) / SUBSPACE_FILE
+        self._subspaces = _load(path, self._layers) if path.is_file() else {}
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"layers": list(self._layers), "projection": self.args.projection}
 
     def _choose_ranks(self, number: int) -> tuple[dict[str, int], dict[str, tuple[Tensor, Tensor]], dict]:
         """Ranks of all layers, singular bases that were needed for them, and what they were chosen from."""
@@ -193,7 +218,8 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             weight.requires_grad_(True)
 
     def after_task(self, number: int) -> None:
-        reached = self._subspace_optimizer().state
+        # Without one the task was only read back from its last checkpoint.
+        reached = self._subspace_optimizer().state if self.optimizer is not None else self._targeted
         idle = [name for name in self._subspaces if self._layers[name].weight not in reached]
         if idle:
             warnings.warn(
@@ -219,7 +245,9 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             return self.optimizer
         decayed = set(self.get_decay_parameter_names(self.model))
         groups: dict[tuple[bool, float], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        # Trainer logs the learning rate of the first group.
+        parameters = sorted(self.model.named_parameters(), key=lambda item: item[1] not in self._targeted)
+        for name, parameter in parameters:
             if parameter.requires_grad:
                 scale = 1.0 if parameter in self._targeted else self.args.unprotected_lr_scale
                 groups.setdefault((name in decayed, scale), []).append(parameter)
@@ -287,8 +315,9 @@ def _load(path: Path, layers: Mapping[str, Layer]) -> dict[str, Subspace]:
         if set(ranks) != set(layers):
             raise ValueError(f"{path} is of other layers: use the same model and target_modules as before.")
         found = {}
+        stored = set(file.keys())
         for name, rank in ranks.items():
-            if rank:
+            if f"{name}.basis" in stored:
                 weight = layers[name].weight
                 basis, values = (file.get_tensor(f"{name}.{part}").to(weight.device) for part in ("basis", "values"))
                 found[name] = protect(weight, (basis, values), rank)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
-from hf_ext.trainers.adaptive_svd.subspace import drift, split_weight
+from hf_ext.trainers.adaptive_svd.subspace import drift, reduce, split_weight
 from hf_ext.trainers.adaptive_svd.taps import tap
 
 SHAPES = [(16, 28), (28, 16), (20, 20)]
@@ -199,6 +199,23 @@ def test_tapped_gradients_are_those_of_the_whole_weight(shape, transposed):
     torch.testing.assert_close(layers[1].bias, layers[0].bias)
 
 
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_outputs_of_tapped_layers_can_be_changed_in_place(needs_gradient):
+    """As models with clipped queries do."""
+    found = []
+    for tapped in (False, True):
+        layer, (inputs, _) = make_layer((12, 18)), make_data((12, 18))
+        inputs.requires_grad_(needs_gradient)
+        subspace = split_weight(layer.weight, 5)
+        if tapped:
+            tap(layer, subspace, found.append)
+            layer.weight.requires_grad_(False)
+        layer(inputs).clamp_(-0.5, 0.5).square().sum().backward()
+        if not tapped:
+            found.append(reduce(layer.weight.grad, subspace))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_taps_under_gradient_checkpointing(reentrant):
     layer, (inputs, targets) = make_layer((12, 18)), make_data((12, 18))
@@ -291,6 +308,15 @@ def test_a_closure_and_a_step_without_gradients():
         float(torch.nn.functional.linear(torch.ones(1, 6), before["weight"], before["bias"]).sum())
     )
     assert not layer.weight.equal(before["weight"]) and drift(layer.weight.detach(), subspace) < 1e-6
+
+
+@pytest.mark.parametrize("saved", [{"rank": 4}, {"rank": 2, "joint": True}])
+def test_a_state_of_another_subspace_is_refused(saved):
+    layer = make_layer((6, 8))
+    _, other = protected(layer, **saved)
+    fit(layer, other, make_data((6, 8)), 1)
+    with pytest.raises(ValueError, match=r"its subspace needs \(4, 8\)"):
+        protected(layer, 2)[1].load_state_dict(other.state_dict())
 
 
 def test_bad_input():
