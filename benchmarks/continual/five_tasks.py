@@ -77,7 +77,7 @@ METHODS = {
     "OSF of PEFT, 80 %": Method(OSF),
     "OSF of PEFT, 80 %, all else trained": Method(OSFWithRest),
     OURS: Method(AdaptiveSVD, looks_back="mean cosines"),
-    f"{OURS}, energy 99 %": Method(AdaptiveSVD, config={"rank_rule": "energy"}, looks_back="second moments"),
+    f"{OURS}, energy 99 %": Method(AdaptiveSVD, config={"rank_rule": "energy"}, looks_back="mean energies"),
     f"{OURS}, 80 % of every layer": uniform(0.8),
     f"{OURS}, 80 %, formula as printed": uniform(0.8, projection="joint"),
     "EWC": Method(EWC, looks_back="gradients of 200 rows"),

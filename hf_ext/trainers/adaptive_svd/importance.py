@@ -13,7 +13,7 @@ that means little. The energy rule needs no such comparison of unrelated axes: k
     sum_{i<=k} s_i^2 v_i^T Sigma v_i >= tau sum_i s_i^2 v_i^T Sigma v_i,  Sigma = E[x x^T]
 
 the share tau of what the layer really puts out on the data. On the short side both sums are plain: the energy of direction i
-is u_i^T E[y y^T] u_i for a wide weight and s_i^2 v_i^T E[x x^T] v_i for a tall one.
+is E[(u_i^T y)^2] for a wide weight and s_i^2 E[(v_i^T x)^2] for a tall one, so that no second moment is ever stored.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ _DEGENERATE = 0.05
 
 
 class LayerStatistics:
-    """Running means over the tokens that pass one linear layer: the cosine, and the second moment of the short side.
+    """Running means over the tokens that pass one linear layer: the cosine, and what each singular direction puts out.
 
     Args:
         short_outputs: the short side of the layer's `Subspace` is that of its outputs.
-        moment: also keep the second moment, for the energy rule.
+        basis_PP: its singular vectors, for the energy rule.
     """
 
-    def __init__(self, short_outputs: bool, moment: bool) -> None:
-        self.short_outputs, self.tokens, self._cosines = short_outputs, 0, 0.0
-        self._moment_PP: Tensor | None = None
-        self._keeps_moment = moment
+    def __init__(self, short_outputs: bool, basis_PP: Tensor | None = None) -> None:
+        self.short_outputs, self.basis_PP, self.tokens, self._cosines = short_outputs, basis_PP, 0, 0.0
+        self._squares_P: Tensor | None = None
 
     def update(self, inputs_TM: Tensor, outputs_TN: Tensor) -> None:
         """Add tokens; `outputs` are without the bias."""
@@ -51,21 +50,21 @@ class LayerStatistics:
         cosines = (x * y).sum(-1) / ((x.norm(dim=-1) + _TINY) * (y.norm(dim=-1) + _TINY))
         self._cosines += float(cosines.double().sum())
         self.tokens += len(inputs)
-        if self._keeps_moment:
-            short = (outputs if self.short_outputs else inputs).double()
-            moment = short.mT @ short
-            self._moment_PP = moment if self._moment_PP is None else self._moment_PP.add_(moment)
+        if self.basis_PP is not None:
+            squares = (
+                ((outputs if self.short_outputs else inputs) @ self.basis_PP).square().sum(0, dtype=torch.float64)
+            )
+            self._squares_P = squares if self._squares_P is None else self._squares_P + squares
 
     @property
     def cosine(self) -> float:
         """I of the paper."""
         return self._cosines / self.tokens
 
-    def energies(self, basis_PP: Tensor, values_P: Tensor) -> Tensor:
-        """What each singular direction puts out on the data, `(P,)`, float64."""
-        assert self._moment_PP is not None
-        basis = basis_PP.double()
-        energies = ((self._moment_PP @ basis) * basis).sum(0) / self.tokens
+    def energies(self, values_P: Tensor) -> Tensor:
+        """What each singular direction puts out per token, `(P,)`, float64, from the singular values."""
+        assert self._squares_P is not None
+        energies = self._squares_P / self.tokens
         return energies if self.short_outputs else energies * values_P.double().square()
 
 

@@ -93,7 +93,10 @@ def short_outputs(layer: Layer) -> bool:
 
 @torch.no_grad()
 def observe(
-    backbone: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Mapping[str, Tensor]], moment: bool
+    backbone: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Iterable[Mapping[str, Tensor]],
+    bases: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Statistics of what passes the layers, in evaluation mode.
 
@@ -101,12 +104,12 @@ def observe(
         backbone: is called with `input_ids` and `attention_mask` `(B, S)` of each batch.
         layers: by name.
         batches: tokens; those outside the attention mask do not count.
-        moment: also measure second moments.
+        bases: singular vectors of the short side of each layer, to measure energies as well.
 
     Raises:
         ValueError: nothing passes one of the layers.
     """
-    found = {name: LayerStatistics(short_outputs(layer), moment) for name, layer in layers.items()}
+    found = {n: LayerStatistics(short_outputs(layer), bases[n] if bases else None) for n, layer in layers.items()}
     mask = torch.empty(0)
 
     def watch(name: str) -> Any:

@@ -181,13 +181,13 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         if number == 0 or self.args.rank_rule == "uniform":
             share = self.args.target_retention if number else self.args.first_task_retention
             return ranks_from_ratios(dict.fromkeys(sizes, share), sizes), {}, {"rank_rule": "uniform", "share": share}
-        found = self._observe(number - 1)
         if self.args.rank_rule == "energy":
             bases = {name: singular_basis(layer.weight) for name, layer in self._layers.items()}
+            found = self._observe(number - 1, {name: vectors for name, (vectors, _) in bases.items()})
             share = self.args.retained_energy
-            ranks = {name: rank_from_energy(kept.energies(*bases[name]), share) for name, kept in found.items()}
+            ranks = {name: rank_from_energy(kept.energies(bases[name][1]), share) for name, kept in found.items()}
             return ranks, bases, {"rank_rule": "energy", "share": share}
-        importance = {name: kept.cosine for name, kept in found.items()}
+        importance = {name: kept.cosine for name, kept in self._observe(number - 1).items()}
         ratios = retained_ratios(
             importance, self.args.minimum_retention, self.args.target_retention, self.args.importance_score
         )
@@ -200,7 +200,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
             )
         return ranks_from_ratios(ratios, sizes), {}, {"rank_rule": "adaptive", "importance": importance}
 
-    def _observe(self, number: int) -> dict[str, LayerStatistics]:
+    def _observe(self, number: int, bases: Mapping[str, Tensor] | None = None) -> dict[str, LayerStatistics]:
         """What passes the layers on the first rows of a task; every process sees the same ones."""
         data = self.prepared(number)
         data = data.select(range(min(self.args.importance_rows, len(data))))
@@ -208,7 +208,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         batches = ({name: value.to(device) for name, value in batch.items()} for batch in self.plain_loader(data))
         backbone = self.accelerator.unwrap_model(self.model).base_model
         with self.accelerator.autocast():
-            return observe(backbone, self._layers, batches, self.args.rank_rule == "energy")
+            return observe(backbone, self._layers, batches, bases)
 
     def release_task(self, number: int) -> None:
         for handle in self._taps:

@@ -34,7 +34,7 @@ def recorded(request):
     statistics = {}
     for name in layers:
         module = model.get_submodule(name)
-        statistics[name] = kept = LayerStatistics(module.out_features <= module.in_features, moment=False)
+        statistics[name] = kept = LayerStatistics(module.out_features <= module.in_features)
         module.register_forward_hook(
             lambda module, args, output, kept=kept: kept.update(args[0].flatten(0, 1), output.flatten(0, 1))
         )
@@ -87,10 +87,11 @@ def test_ranks_are_floored_and_cut():
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
 def test_energies_are_those_of_the_definition(shape):
     weight, inputs = torch.randn(shape).double(), torch.randn(50, shape[1]).double()
-    kept = LayerStatistics(shape[0] <= shape[1], moment=True)
+    basis, values = singular_basis(weight)
+    kept = LayerStatistics(shape[0] <= shape[1], basis)
     for part in inputs.split(17):
         kept.update(part, part @ weight.mT)
-    found = kept.energies(*singular_basis(weight))
+    found = kept.energies(values)
     _, values, right = torch.linalg.svd(weight, full_matrices=False)
     expected = values.square() * ((inputs @ right.mT).square().mean(0))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

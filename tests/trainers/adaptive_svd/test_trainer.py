@@ -194,8 +194,8 @@ def test_tokens_that_are_routed_count_without_their_places():
             return self.layer(states[input_ids > 2])
 
     ids = torch.tensor([[1, 3, 4], [5, 2, 0]])
-    found = observe(Router(), {"layer": layer}, [{"input_ids": ids, "attention_mask": torch.ones(2, 3)}], moment=True)
-    expected = LayerStatistics(True, moment=True)
+    found = observe(Router(), {"layer": layer}, [{"input_ids": ids, "attention_mask": torch.ones(2, 3)}])
+    expected = LayerStatistics(True)
     inputs = torch.nn.functional.one_hot(ids[ids > 2], 6).float()
     expected.update(inputs, inputs @ layer.weight.mT)
     assert found["layer"].tokens == 3 and found["layer"].cosine == pytest.approx(expected.cosine)
