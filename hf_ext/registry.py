@@ -199,7 +199,7 @@ ADAPTIVE_SVD = Method(
         "Forgetting is reduced, not prevented: embeddings, norms and the output layer are not protected, and neither is what "
         "lies in small singular directions.",
         "What is free shrinks with the share that is protected, so a task may be learnt less well than by plain fine-tuning.",
-        "Where a few rows of earlier tasks may be kept, training on them as well protects more.",
+        "Where a few rows of earlier tasks may be kept, training on them as well protects as much, more simply.",
     ),
 )
 

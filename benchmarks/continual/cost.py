@@ -2,7 +2,7 @@
 
 All three train the linear layers of the transformer blocks, in float32 with fused AdamW and clipping; embeddings and norms are frozen, as OSF
 freezes them. A step has `BATCHES` micro-batches of `ROWS` rows, together the paper's 8 examples; the output layer reads the last `LABELS`
-positions of each row, as in the paper's classification tasks, so that the vocabulary does not hide what is compared. Both sides of a ratio run in turn in
+positions of each row, as when prompts are masked, so that the vocabulary does not hide what is compared. Both sides of a ratio run in turn in
 one process. Memory is all that a side holds between steps (model, optimizer, bases) plus the peak of a step above it. The last row is what no
 method can go below: forward and backward without the gradient of any weight, against OSF.
 
@@ -32,7 +32,7 @@ from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
 NAME, SEED, REPEATS = "continual_cost", 0, 3
-BATCHES, ROWS, TOKENS, LABELS = 2, 4, 512, 8
+BATCHES, ROWS, TOKENS, LABELS = 4, 2, 512, 64
 RETENTIONS = (0.5, 0.8)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "fused": True}
 
