@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hf_ext.trainers.adaptive_svd import AdaptiveSVDTrainer
@@ -120,9 +121,10 @@ class OLoRA(OptionTrainer):
     ) -> Any:
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         for module in self.model.modules():
-            factors = getattr(module, "lora_A", {})
-            for earlier in range(self.task_number if factors else 0):
-                new, old = factors[f"task_{self.task_number}"].weight, factors[f"task_{earlier}"].weight
+            if not isinstance(module, LoraLayer):
+                continue
+            for earlier in range(self.task_number):
+                new, old = module.lora_A[f"task_{self.task_number}"].weight, module.lora_A[f"task_{earlier}"].weight
                 loss = loss + self.strength * (new @ old.mT).abs().sum()
         return (loss, None) if return_outputs else loss
 

@@ -1,6 +1,6 @@
 """Five small classification tasks, and a small language model that has read their texts.
 
-`benchmarks/data/continual.jsonl` has the texts and labels of DBpedia (three groups of five, five and four topics), AG News (four topics) and Yelp (two
+`benchmarks/data/continual/` has the texts and labels of DBpedia (three groups of five, five and four topics), AG News (four topics) and Yelp (two
 sentiments). A row is a text and, after `Label:`, its label. The small models are Llamas of two layers (hidden size 64) with 3,000 words and one token per
 label, trained from scratch on the texts without their labels.
 """
@@ -21,7 +21,8 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_ext.trainers.task_sequence import ContinualTask
 
-DATA = Path(__file__).parents[1] / "data" / "continual.jsonl"
+DATA = Path(__file__).parents[1] / "data" / "continual"
+TASKS = ("dbpedia_a", "dbpedia_b", "dbpedia_c", "agnews", "yelp")
 ORDERS = (
     ("dbpedia_a", "agnews", "yelp", "dbpedia_b", "dbpedia_c"),
     ("yelp", "dbpedia_c", "agnews", "dbpedia_a", "dbpedia_b"),
@@ -41,7 +42,9 @@ QUIET: dict[str, Any] = {
 
 @cache
 def records() -> list[dict[str, str]]:
-    return [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    """`task`, `split`, `text` and `label` of every row."""
+    lines = {name: (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in TASKS}
+    return [{"task": name, **json.loads(line)} for name, found in lines.items() for line in found]
 
 
 @cache
@@ -67,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(vocab_size=WORDS, special_tokens=list(SPECIALS.values()), show_progress=False)
     inner.train_from_iterator([f"{record['text']}\nLabel:" for record in records()], trainer)
-    inner.add_tokens([AddedToken(f" {label}", normalized=False) for name in ORDERS[0] for label in labels(name)])
+    inner.add_tokens([AddedToken(f" {label}", normalized=False) for name in TASKS for label in labels(name)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, **SPECIALS)
 
 
