@@ -8,7 +8,7 @@ Shapes: see `subspace`; a weight `(N, M)` of which k of P = min(N, M) directions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -191,22 +191,26 @@ class SubspaceAdamW(AdamW):
         self._check_shapes(state_dict)
         super().load_state_dict(state_dict)
         # torch casts what it loads to the dtype of the parameter, but coordinates are float32, and codes are bytes.
-        order = [p for group in self.param_groups for p in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for parameter, number in zip(order, numbers, strict=True):
-            if (parameter in self._subspaces or parameter in self._eight_bit) and number in state_dict["state"]:
-                for name, value in state_dict["state"][number].items():
+        for parameter, _, state in self._stored(state_dict):
+            if parameter in self._subspaces or parameter in self._eight_bit:
+                for name, value in state.items():
                     if name != "step":
                         self.state[parameter][name] = value.to(parameter.device, copy=True)
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+    def _stored(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+        """(parameter, its number, its state) of all that have one."""
         order = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         # torch says what is wrong if there are more or fewer.
         for parameter, number in zip(order, numbers, strict=False):
-            if parameter not in self._subspaces or number not in state_dict["state"]:
+            if number in state_dict["state"]:
+                yield parameter, number, state_dict["state"][number]
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        for parameter, number, state in self._stored(state_dict):
+            if parameter not in self._subspaces:
                 continue
-            subspace, state = self._subspaces[parameter], state_dict["state"][number]
+            subspace = self._subspaces[parameter]
             whole = subspace.oriented(parameter).shape
             expected = parameter.shape if self._joint else (whole[0] - subspace.rank, whole[1])
             found = state["state1" if "state1" in state else "exp_avg"].shape
