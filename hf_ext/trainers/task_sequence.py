@@ -34,6 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
 from hf_ext.trainers.runs import dataset_digest
+from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
 
 STATE_FILE = "_continual_state.json"
 
@@ -247,10 +248,9 @@ class TaskSequenceTrainer(SFTTrainer):
         if number not in self._scored:
             self._scored[number] = self._read_choices(task) if task.options else self._read_answers(task)
         data, right = self._scored[number]
-        log_probs, top1 = self._read(data)
         if right is None:
-            return 100 * float(top1.mean())
-        log_probs = log_probs.view_as(right)
+            return 100 * float(self._read(data)[1].mean())
+        log_probs = self._read(data, right.shape[1])[0].view_as(right)
         best = log_probs >= log_probs.amax(-1, keepdim=True)
         return 100 * float(((best & right).sum(-1) / best.sum(-1)).double().mean())
 
@@ -277,27 +277,36 @@ class TaskSequenceTrainer(SFTTrainer):
         return data, right
 
     @torch.no_grad()
-    def _read(self, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, data: Dataset, group: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probability of the labelled tokens, share of them that are the most probable ones) of each row `(rows,)`.
 
-        The rows are shared between the processes.
+        The rows are shared between the processes. `group` rows in turn have the same prompt.
         """
-        loader = self.accelerator.prepare_data_loader(self.plain_loader(data))
+        loader = self.accelerator.prepare_data_loader(self.plain_loader(data, group))
         model = self.accelerator.unwrap_model(self.model)
+        base = base_of(model)
+        shares_prefix = group > 1 and can_share_prefix(model, base)
         was_training, sums, shares = model.training, [], []
         model.eval()
         with self.accelerator.autocast():
             for batch in loader:
                 answer = batch.pop("labels") != -100
-                outputs = score_answers(model, base_of(model), {**batch, "use_cache": False}, answer)
+                if shares_prefix:
+                    outputs, _ = score_groups(model, base, batch["input_ids"], batch["attention_mask"], answer, group)
+                else:
+                    outputs = score_answers(model, base, {**batch, "use_cache": False}, answer)
                 share = outputs.is_top1.sum(-1) / answer[:, 1:].sum(-1)
                 sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
                 shares.append(self.accelerator.gather_for_metrics(share))
         model.train(was_training)
         return torch.cat(sums).cpu(), torch.cat(shares).double().cpu()
 
-    def plain_loader(self, data: Dataset) -> DataLoader:
-        """Batches of tokenised rows, one per row of a batch and padded, whatever the collator of the training does."""
+    def plain_loader(self, data: Dataset, group: int = 1) -> DataLoader:
+        """Batches of tokenised rows, one per row of a batch and padded, whatever the collator of the training does.
+
+        A batch has whole groups of `group` rows.
+        """
+        size = max(self.args.per_device_eval_batch_size // group, 1) * group
         pad = self.processing_class.pad_token_id
 
         def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -308,7 +317,7 @@ class TaskSequenceTrainer(SFTTrainer):
                 for name, fill in fills.items()
             }
 
-        return DataLoader(cast(Any, data), self.args.per_device_eval_batch_size, collate_fn=collate)
+        return DataLoader(cast(Any, data), size, collate_fn=collate)
 
     # -- the run on disk ---------------------------------------------------------------------------------------------
 
