@@ -1,4 +1,7 @@
-"""How sure a number is: a bootstrap interval over edits and a paired test between two methods on the same edits."""
+"""How sure a number is: a bootstrap interval over rows, and a paired test between two methods on the same rows.
+
+A row is whatever was judged: an edit, a text, a question.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _MAX_DRAWS_AT_ONCE = 2**22
 def bootstrap_interval(
     values: Sequence[float], weights: Sequence[float] | None = None, *, level: float = 0.95, resamples: int = 2000
 ) -> tuple[float, float]:
-    """Percentile interval of the (weighted) mean, by drawing edits with replacement; the same input gives the same answer.
+    """Percentile interval of the (weighted) mean, by drawing rows with replacement; the same input gives the same answer.
 
     Args:
-        values: one value per edit (or per text).
+        values: one value per row.
         weights: optional weight per value, e.g. tokens per text; the statistic is then Σ w·v / Σ w of the drawn ones.
 
     Returns:
@@ -38,16 +41,16 @@ def bootstrap_interval(
 
 
 def paired_permutation_test(first: Sequence[float], second: Sequence[float], *, permutations: int = 10000) -> float:
-    """Two-sided p-value that two methods differ in mean on the same edits, by flipping the signs of the differences.
+    """Two-sided p-value that two methods differ in mean on the same rows, by flipping the signs of the differences.
 
-    All 2^n sign patterns are enumerated up to n = 12 differing edits; beyond, `permutations` random patterns are drawn with
+    All 2^n sign patterns are enumerated up to n = 12 differing rows; beyond, `permutations` random patterns are drawn with
     a fixed seed and the observed one is counted in, so that p is never 0.
 
     Raises:
         ValueError: the two sequences differ in length.
     """
     if len(first) != len(second):
-        raise ValueError(f"a paired test needs the same edits in both: got {len(first)} and {len(second)} values")
+        raise ValueError(f"a paired test needs the same rows in both: got {len(first)} and {len(second)} values")
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     difference = difference[difference != 0]
     n = len(difference)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_ext.metrics.editing.report import FINAL, EditingReport, Measurement
-from hf_ext.metrics.editing.statistics import paired_permutation_test
+from hf_ext.metrics.statistics import paired_permutation_test
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext.metrics.editing.scoring import mean, section_score
-from hf_ext.metrics.editing.statistics import bootstrap_interval
+from hf_ext.metrics.statistics import bootstrap_interval
 
 SECTIONS = ("reliability", "generality", "portability", "locality")
 FINAL, BEFORE, IMMEDIATE, FORGETTING = "final", "before", "immediate", "forgetting"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.metrics.editing.statistics import bootstrap_interval
+from hf_ext.metrics.statistics import bootstrap_interval
 from hf_ext.metrics.unlearning import measures
 from hf_ext.metrics.unlearning.measures import Floats
 from hf_ext.metrics.unlearning.relearning import RelearningCurve

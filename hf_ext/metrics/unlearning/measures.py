@@ -334,7 +334,7 @@ def bootstrap_of(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of one or more samples, drawing the rows of each again with replacement.
 
-    For the mean of one sample see `hf_ext.metrics.editing.statistics.bootstrap_interval`.
+    For the mean of one sample see `hf_ext.metrics.statistics.bootstrap_interval`.
 
     Args:
         statistic: [resamples] from arrays [resamples, rows, ...]. Rows of one sample stay together, so that several

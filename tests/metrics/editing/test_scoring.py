@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hf_ext.metrics.editing import scoring
 from hf_ext.metrics.editing.probes import Probe
 from hf_ext.metrics.editing.protocols import answer_text, score_answer, score_unchanged
-from hf_ext.metrics.editing.statistics import bootstrap_interval, paired_permutation_test
+from hf_ext.metrics.statistics import bootstrap_interval, paired_permutation_test
 
 ORACLE = json.loads((Path(__file__).parents[2] / "oracles/knowledge_editing_eval/metrics.json").read_text())
 
@@ -154,7 +154,7 @@ def test_paired_test_enumerates_small_samples():
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in product((1, -1), repeat=4)]
     assert paired_permutation_test(first, second) == np.mean([s >= abs(sum(differences)) - 1e-12 for s in sums])
     assert paired_permutation_test(first, first) == 1.0
-    with pytest.raises(ValueError, match="same edits"):
+    with pytest.raises(ValueError, match="same rows"):
         paired_permutation_test(first, second[:2])
 
 

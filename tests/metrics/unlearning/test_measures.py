@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy import stats
 
-from hf_ext.metrics.editing.statistics import bootstrap_interval
+from hf_ext.metrics.statistics import bootstrap_interval
 from hf_ext.metrics.unlearning import measures
 from hf_ext.metrics.unlearning.scores import TokenScores, token_scores
 from tests.oracles import ORACLES
