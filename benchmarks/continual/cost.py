@@ -1,10 +1,10 @@
 """What a step of adaptive SVD costs next to full fine-tuning and to PEFT's OSF, on Gemma 3 270M.
 
 All three train the linear layers of the transformer blocks, in float32 with fused AdamW and clipping; embeddings and norms are frozen, as OSF
-freezes them. A step has `BATCHES` micro-batches of `ROWS` rows, together the paper's 8 examples; the output layer reads the last `LABELS`
-positions of each row, as when prompts are masked, so that the vocabulary does not hide what is compared. Both sides of a ratio run in turn in
-one process. Memory is all that a side holds between steps (model, optimizer, bases) plus the peak of a step above it. The last row is what no
-method can go below: forward and backward without the gradient of any weight, against OSF.
+freezes them. A step has `EXAMPLES` rows, one at a time; the output layer reads the last `LABELS` positions of each, as in the
+paper's classification tasks, whose answers are short. Both sides of a ratio run in turn in one process. Memory is all that a side holds between
+steps (model, optimizer, bases) plus the peak of a step above it. One row is what no method can go below: forward and backward without the
+gradient of any weight, against OSF.
 
     python -m benchmarks.continual.cost
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import write
-from benchmarks.cost import compare, show, table
+from benchmarks.cost import allocated_peak, show, table
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import protect, singular_basis
@@ -32,7 +33,7 @@ from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
 NAME, SEED, REPEATS = "continual_cost", 0, 3
-BATCHES, ROWS, TOKENS, LABELS = 4, 2, 512, 64
+EXAMPLES, TOKENS, LABELS = 16, 512, 16
 RETENTIONS = (0.5, 0.8)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "fused": True}
 
@@ -52,17 +53,25 @@ class Step:
     """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, clip: Callable[[], Any], extra: Iterable[Tensor] = ()
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        clip: Callable[[], Any],
+        extra: Iterable[Tensor] = (),
     ) -> None:
         self.model, self.optimizer, self.clip, self.extra = model, optimizer, clip, list(extra)
+        self.draw(1, 1)
+
+    def draw(self, batches: int, rows: int) -> None:
+        """Micro-batches of so many rows."""
         generator = torch.Generator().manual_seed(SEED)
-        self.ids = torch.randint(3, 200_000, (BATCHES, ROWS, TOKENS), generator=generator)
+        self.ids = torch.randint(3, 200_000, (batches, rows, TOKENS), generator=generator)
 
     def __call__(self) -> None:
         for ids in self.ids:
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1 - LABELS : -1]
             logits = self.model.lm_head(hidden).flatten(0, 1)
-            (torch.nn.functional.cross_entropy(logits, ids[:, -LABELS:].flatten()) / BATCHES).backward()
+            (torch.nn.functional.cross_entropy(logits, ids[:, -LABELS:].flatten()) / len(self.ids)).backward()
         self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -73,6 +82,12 @@ class Step:
         tensors = [*self.model.parameters(), *self.model.buffers(), *state, *self.extra]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values()) / 2**20
+
+    def weights_mib(self) -> float:
+        """The same without embeddings, and with the gradients, which are of the size of a moment."""
+        moments = [kept["exp_avg"] for kept in self.optimizer.state.values()]
+        embeddings = self.model.get_input_embeddings().weight
+        return self.held_mib() + (sum(moment.nbytes for moment in moments) - embeddings.nbytes) / 2**20
 
 
 def full_step() -> Step:
@@ -107,7 +122,8 @@ def osf_step(retention: float) -> Step:
     adapted = get_peft_model(model, OSFConfig(effective_rank=retention, target_modules=names))
     weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, **OPTIONS)
-    return Step(adapted.get_base_model(), optimizer, lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0))
+    clip = partial(torch.nn.utils.clip_grad_norm_, weights, 1.0)
+    return Step(adapted.get_base_model(), optimizer, clip)
 
 
 def floor_step() -> Step:
@@ -118,32 +134,79 @@ def floor_step() -> Step:
     return Step(model, torch.optim.SGD([torch.zeros(1)]), lambda: None)
 
 
+def measure(sides: dict[str, Step], shape: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """Seconds of every turn, and MiB, of steps of micro-batches `(number, rows)`."""
+    peaks = {}
+    for name, step in sides.items():
+        # Two micro-batches have the highest memory of any number, and warm up.
+        step.draw(2, shape[1])
+        step()
+        peaks[name] = allocated_peak(step) + step.held_mib()
+        step.draw(*shape)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(REPEATS):
+        # The order alternates, so that no side always runs on the caches that another left behind.
+        for name in sorted(sides, reverse=bool(turn % 2)):
+            start = time.process_time()
+            sides[name]()
+            seconds[name].append(time.process_time() - start)
+    return {
+        name: {"seconds": seconds[name], "peak_mib": peaks[name], "weights_mib": sides[name].weights_mib()}
+        for name in sides
+    }
+
+
+def ratio(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table."""
+    ratios = [a / b for a, b in zip(ours["seconds"], peer["seconds"], strict=True)]
+    row = {
+        "name": name,
+        "seconds": {"ours": statistics.median(ours["seconds"]), "peer": statistics.median(peer["seconds"])},
+        "time_ratio": statistics.median(ratios),
+        "time_ratio_min": min(ratios),
+        "time_ratio_max": max(ratios),
+    }
+    for kind in ("peak", "weights"):
+        row[f"{kind}_mib"] = {"ours": ours[f"{kind}_mib"], "peer": peer[f"{kind}_mib"]}
+    row["memory_ratio"], row["weights_ratio"] = (ours[kind] / peer[kind] for kind in ("peak_mib", "weights_mib"))
+    show(name, row)
+    return row
+
+
 def main() -> None:
     start = time.perf_counter()
     bases = {name: singular_basis(layer.weight) for name, layer in find_targets(load(), None).items()}
     decomposition = time.perf_counter() - start
-    pairs: dict[str, tuple[Callable[[], Step], Callable[[], Step]]] = {}
-    for retention in RETENTIONS:
-        for peer, build in (("full fine-tuning", full_step), ("OSF", partial(osf_step, retention))):
-            pairs[f"{retention:.0%} protected, against {peer}"] = partial(our_step, retention, bases), build
-    pairs["no weight trained, against OSF with 80%"] = floor_step, partial(osf_step, 0.8)
     results = []
-    for name, builders in pairs.items():
-        ours, peer = (build() for build in builders)
-        row = compare(ours, peer, REPEATS)
-        row["peak_mib"] = {
-            "ours": row["peak_mib"]["ours"] + ours.held_mib(),
-            "peer": row["peak_mib"]["peer"] + peer.held_mib(),
-        }
-        row["memory_ratio"] = row["peak_mib"]["ours"] / row["peak_mib"]["peer"]
-        results.append({"name": name, **row})
-        show(name, row)
-        del ours, peer
+    for retention in RETENTIONS:
+        sides = {"full": full_step(), "osf": osf_step(retention), "ours": our_step(retention, bases)}
+        if retention == RETENTIONS[-1]:
+            sides["floor"] = floor_step()
+        found, title = measure(sides, (EXAMPLES, 1)), f"{retention:.0%} protected, against"
+        results.append(ratio(f"{title} full fine-tuning", found["ours"], found["full"]))
+        results.append(ratio(f"{title} OSF", found["ours"], found["osf"]))
+        if "floor" in sides:
+            results.append(ratio("no weight trained, against OSF with 80%", found["floor"], found["osf"]))
+            sides.pop("floor"), sides.pop("full")
+            found = measure(sides, (EXAMPLES // 2, 2))
+            results.append(ratio(f"{title} OSF, two rows at a time", found["ours"], found["osf"]))
+        else:
+            sides.pop("osf")
+            found = measure(sides, (EXAMPLES // 2, 1))
+            results.append(
+                ratio(f"{title} full fine-tuning, {EXAMPLES // 2} rows a step", found["ours"], found["full"])
+            )
+        del sides
         gc.collect()  # hooks of a model refer to it
+    alone = "; ".join(
+        f"{row['name']}: {row['weights_ratio']:.2f}"
+        for row in results
+        if "rows" not in row["name"] and "no weight" not in row["name"]
+    )
     note = (
-        f"Gemma 3 270M, float32, linear layers of the blocks, {BATCHES} micro-batches of {ROWS} x {TOKENS} tokens, of which the output layer reads "
-        f"{LABELS} per row. Medians of {REPEATS} turns, {torch.get_num_threads()} threads; memory is what is held between steps plus the peak above it. "
-        f"The decomposition of all weights before a task took {decomposition:.0f} s. "
+        f"Gemma 3 270M, float32, linear layers of the blocks, steps of {EXAMPLES} rows of {TOKENS} tokens, one at a time, of which the output layer reads "
+        f"{LABELS}. Medians of {REPEATS} turns, {torch.get_num_threads()} threads; memory is what is held between steps plus the peak above it. Memory of the protected "
+        f"weights alone, with bases, gradients and moments, ours / peer: {alone}. The decomposition of all weights before a task took {decomposition:.0f} s. "
         "`python -m benchmarks.continual.cost` repeats it."
     )
     report = {"command": "python -m benchmarks.continual.cost", "seed": SEED, "repeats": REPEATS, "results": results}
