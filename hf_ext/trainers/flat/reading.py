@@ -6,27 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_ext.trainers.flat.distributions import Head
 from hf_ext.trainers.output_layer import logit_transform
-
-
-class NoReference(nn.Module):
-    """Handed to `DPOTrainer` so that it neither loads a reference model nor adds an adapter to a wrapped model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = PreTrainedConfig()
-        # DeepSpeed and FSDP do not accept a module without parameters.
-        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("this loss has no reference model")
 
 
 def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:

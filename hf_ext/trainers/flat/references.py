@@ -23,8 +23,9 @@ from hf_ext.trainers.flat.config import UnlearnConfig
 from hf_ext.trainers.flat.data import sequences, stack_sequences
 from hf_ext.trainers.flat.distributions import Head
 from hf_ext.trainers.flat.methods import Method
-from hf_ext.trainers.flat.reading import NoReference, head_of, recorded
+from hf_ext.trainers.flat.reading import head_of, recorded
 from hf_ext.trainers.output_layer import base_of, drop_copied_patches, score_answers
+from hf_ext.trainers.references import NoReference
 
 
 class ReferenceTrainer(DPOTrainer):
