@@ -1,0 +1,1 @@
+"""Pipelines of transformers and diffusers, one folder per method."""

@@ -1,0 +1,197 @@
+"""What a model is asked, and how its answer is read. Needs the standard library alone.
+
+The same texts build the training data and serve afterwards: a model that was trained on one prompt is asked with the same. They are saved
+beside the model as `rag_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "rag_config.json"
+Messages = list[dict[str, str]]
+_CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was read out of a response.
+
+    Attributes:
+        rationale: the text before the answer.
+        answer: the text after the marker up to the end of its line; empty if the response has no marker.
+        cited: numbers of the passages that the rationale names, from 1, in order, each once.
+    """
+
+    rationale: str
+    answer: str
+    cited: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RagPrompts:
+    """The texts of the paper's three turns; the paper does not print them, so these are ours.
+
+    Attributes:
+        system: role of the assistant. Where a chat template has no system role, it goes in front of the question.
+        passage: one passage, with `{number}`, `{title}` and `{text}`.
+        question: what is asked at inference and trained on, with `{passages}` and `{question}`.
+        hinted: asks for the reasoning that leads to a known answer, with `{passages}`, `{question}` and `{answer}`.
+        conclude: the turn after the reasoning.
+        marker: stands before the answer in a response.
+        plain: layout for models without a chat template, with `{prompt}`.
+
+    Raises:
+        ValueError: a text without the fields it needs.
+    """
+
+    system: str = "You answer questions from the passages you are given."
+    passage: str = "[{number}] {title}: {text}"
+    question: str = (
+        "{passages}\n\nQuestion: {question}\n\nSome passages may be irrelevant or wrong. Reason in at most four sentences and name the "
+        "passages you use by their numbers, as in [2]. Then give the shortest possible answer in a line of its own, after 'Answer:'."
+    )
+    hinted: str = (
+        "{passages}\n\nQuestion: {question}\n\nThe answer is known to be: {answer}\n\nSome passages may be irrelevant or wrong. Explain in at most "
+        "four sentences how the passages lead to this answer, and name the passages you use by their numbers, as in [2]. Do not say that the "
+        "answer was given."
+    )
+    conclude: str = (
+        "From this reasoning alone, give the shortest possible answer to the question, in a line after 'Answer:'."
+    )
+    marker: str = "Answer:"
+    plain: str = "{prompt}\n\nReasoning:"
+
+    def __post_init__(self) -> None:
+        needed = {
+            "passage": ("text",),
+            "question": ("passages", "question"),
+            "hinted": ("passages", "question", "answer"),
+            "plain": ("prompt",),
+        }
+        for name, names in needed.items():
+            text = self.__dict__[name]
+            missing = [field for field in names if "{" + field + "}" not in text]
+            if missing:
+                raise ValueError(f"{name}={text!r:.80} lacks {{{missing[0]}}}.")
+        if not self.marker.strip():
+            raise ValueError(f"marker={self.marker!r}: give a text that stands before the answer.")
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def _passages(self, documents: Sequence[Mapping[str, str]]) -> str:
+        # Not `format`: passages may have braces.
+        return "\n".join(
+            _fill(self.passage, number=str(number), title=document.get("title") or "", text=document["text"])
+            for number, document in enumerate(documents, start=1)
+        )
+
+    def inference(self, question: str, documents: Sequence[Mapping[str, str]]) -> Messages:
+        """What a model is asked when it is used, and trained on."""
+        asked = _fill(self.question, passages=self._passages(documents), question=question)
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": asked}]
+
+    def explanation(self, question: str, documents: Sequence[Mapping[str, str]], answer: str) -> Messages:
+        """Asks for the reasoning behind a known answer. Never trained on."""
+        asked = _fill(self.hinted, passages=self._passages(documents), question=question, answer=answer)
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": asked}]
+
+    def conclusion(self, question: str, documents: Sequence[Mapping[str, str]], rationale: str) -> Messages:
+        """Asks for the answer after a reasoning, in a conversation that does not know it."""
+        return [
+            *self.inference(question, documents),
+            {"role": "assistant", "content": rationale},
+            {"role": "user", "content": self.conclude},
+        ]
+
+    def response(self, rationale: str, answer: str) -> str:
+        """A response as a model is trained to write it."""
+        return f"{rationale.strip()}\n{self.marker} {answer.strip()}"
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, response: str) -> Answer:
+        """Rationale, answer and cited passages of a response.
+
+        The first marker at the beginning of a line counts, since models that go on talk of other questions after it; otherwise the last one.
+        """
+        line = re.search(rf"^[ \t]*{re.escape(self.marker)}", response, re.MULTILINE)
+        if line:
+            before, after = response[: line.start()], response[line.end() :]
+        else:
+            before, marker, after = response.rpartition(self.marker)
+            if not marker:
+                return Answer(response.strip(), "", cited(response))
+        lines = after.strip().splitlines()
+        return Answer(before.strip(), lines[0].strip() if lines else "", cited(before))
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `rag_config.json`."""
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> RagPrompts:
+        """Read `rag_config.json`.
+
+        Raises:
+            ValueError: it has fields that are none of this class's, or values that are no texts.
+        """
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = {field.name for field in fields(cls)}
+        if not content.keys() <= known or not all(isinstance(value, str) for value in content.values()):
+            raise ValueError(f"{path}: fields {sorted(content.keys() - known)} are unknown, or a value is no text.")
+        return cls(**content)
+
+
+def _fill(template: str, **values: str) -> str:
+    """Replace `{name}`; braces of the values stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+
+
+def cited(text: str) -> tuple[int, ...]:
+    """Numbers in square brackets, `[1]` or `[1, 3]`, in order, each once."""
+    numbers = [int(number) for found in _CITATION.findall(text) for number in found.split(",")]
+    return tuple(dict.fromkeys(numbers))
+
+
+def render(tokenizer: Any, messages: Messages, prompts: RagPrompts) -> str:
+    """The text that a model is given for a conversation that ends with a user.
+
+    A chat template without a system role gets that text in front of the first question. Without a chat template the turns stand below each other
+    in `prompts.plain`.
+    """
+    if tokenizer.chat_template is None:
+        turns = "\n\n".join(message["content"] for message in messages)
+        return _fill(prompts.plain, prompt=turns)
+    return tokenizer.apply_chat_template(for_template(tokenizer, messages), tokenize=False, add_generation_prompt=True)
+
+
+def for_template(tokenizer: Any, messages: Messages) -> Messages:
+    """The conversation with its system text in the first question, if the chat template has no system role."""
+    if messages[0]["role"] != "system" or _has_system_role(tokenizer):
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _has_system_role(tokenizer: Any) -> bool:
+    """Whether the chat template prints a system message as such; some raise, and others leave it out."""
+    probe = "system role probe"
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "system", "content": probe}, {"role": "user", "content": "?"}], tokenize=False
+        )
+    except Exception:  # templates raise errors of their own making
+        return False
+    return probe in text
