@@ -1,0 +1,258 @@
+"""Pairs by the paper's rule against other pairs and losses, on a small model that copies facts out of its context.
+
+A context has K facts, "k17 v4 .", and a question names a key; the response repeats the fact and gives its value. A Qwen2 of two layers learns this from scratch on
+up to 6 facts, and is then asked with up to 16, where other facts mislead it: passages that answer other questions. Every arm gets the same responses that the base model wrote,
+and differs in what it makes of them.
+
+    python -m benchmarks.rag.facts
+
+Finished runs are kept in the results file, so the script can be stopped and continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.common import add_stored, markdown, stored_runs, write
+from hf_ext.pipelines.roserag.prompts import RagPrompts, render
+from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, TransformersBackend
+from hf_ext.trainers.roserag.sampling import Sampling
+from hf_ext.trainers.roserag.selection import select
+
+NAME, SEEDS = "rag_facts", (0, 1, 2)
+KEYS = VALUES = 32
+BASE_FACTS, TRAIN_FACTS, TEST_FACTS = (1, 2, 3, 4, 5, 6), (8, 12, 16), (4, 8, 16)
+BASE_ROWS, BASE_EPOCHS, BASE_RATE = 32_000, 6, 3e-3
+QUESTIONS, SAMPLES, TEST_QUESTIONS = 2000, 8, 512
+EPOCHS, BATCH, RATE = 3, 32, 3e-4
+PROMPTS = RagPrompts(
+    system="",
+    passage="{text}",
+    question="{passages}\n? {question}",
+    hinted="{passages} {question} {answer}",
+    plain="{prompt}",
+)
+# (loss, selection rule); RATES multiply the learning rate.
+ARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "SFT on accepted responses": ({"orpo_lambda": 0.0}, "hardest"),
+    "RoseRAG": ({}, "hardest"),
+    "ORPO, random pairs": ({}, "random"),
+    "ORPO, easiest pairs": ({}, "easiest"),
+    "DPO, hardest pairs": ({"loss_type": ["margin_dpo"], "nll_weight": 0.0, "beta": 0.1}, "hardest"),
+    "DPO, random pairs": ({"loss_type": ["margin_dpo"], "nll_weight": 0.0, "beta": 0.1}, "random"),
+    "DPO with likelihood, hardest pairs": ({"loss_type": ["margin_dpo"], "beta": 0.1}, "hardest"),
+}
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+}
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "\n", ".", "?", "Answer:"]
+    words += [f"k{n}" for n in range(KEYS)] + [f"v{n}" for n in range(VALUES)]
+    inner = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.WhitespaceSplit()]
+    )
+    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **specials)
+
+
+def questions(count: int, facts: tuple[int, ...], seed: int) -> list[dict[str, Any]]:
+    """Rows as the builder takes them; a passage is a fact, and the one asked for is gold."""
+    draw, rows = random.Random(seed), []
+    for number in range(count):
+        keys = draw.sample(range(KEYS), draw.choice(facts))
+        values, asked = [draw.randrange(VALUES) for _ in keys], draw.randrange(len(keys))
+        documents = [
+            {"title": "", "text": f"k{key} v{value} .", "is_gold": place == asked}
+            for place, (key, value) in enumerate(zip(keys, values, strict=True))
+        ]
+        row = {"id": str(number), "question": f"k{keys[asked]}", "answers": [f"v{values[asked]}"]}
+        rows.append({**row, "documents": documents})
+    return rows
+
+
+def prompt_of(row: dict[str, Any]) -> str:
+    return render(tokenizer(), PROMPTS.inference(row["question"], row["documents"]), PROMPTS)
+
+
+def base_model(seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer()),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    rows = []
+    for row in questions(BASE_ROWS, BASE_FACTS, 1000 + seed):
+        response = PROMPTS.response(f"{row['question']} {row['answers'][0]} .", row["answers"][0])
+        rows.append({"prompt": prompt_of(row), "completion": f" {response}"})
+    model = Qwen2ForCausalLM(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = SFTConfig(
+            scratch,
+            num_train_epochs=BASE_EPOCHS,
+            per_device_train_batch_size=64,
+            learning_rate=BASE_RATE,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            seed=seed,
+            **QUIET,
+        )
+        SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()).train()
+    return copy_of(model)
+
+
+def copy_of(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """Without the forward that a trainer gave it."""
+    fresh = Qwen2ForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def accuracy(model: Any, facts: int, seed: int) -> float:
+    """Share of right answers with so many facts, in percent."""
+    rows = questions(TEST_QUESTIONS, (facts,), 5000 + seed)
+    backend = TransformersBackend(model, tokenizer(), batch_size=128)
+    asked = [PROMPTS.inference(row["question"], row["documents"]) for row in rows]
+    found = backend.write(asked, [[0]] * len(rows), Sampling(0.0, max_new_tokens=12), PROMPTS)
+    right = [PROMPTS.read(texts[0]).answer == row["answers"][0] for texts, row in zip(found, rows, strict=True)]  # type: ignore[index]
+    return 100 * sum(right) / len(right)
+
+
+def pairs_by(rule: str, data: Dataset, seed: int) -> Dataset:
+    """Other pairs out of the candidates of a built dataset."""
+    rows = []
+    for number, row in enumerate(data):
+        candidates = row["candidates"]
+        scores = [candidate["sum"] / candidate["tokens"] for candidate in candidates]
+        pair = select(scores, [candidate["correct"] for candidate in candidates], rule, 100_000 * seed + number)
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}  # type: ignore[union-attr]
+        rows.append({"prompt": row["prompt"], **{side: f" {candidates[n]['text']}" for side, n in sides.items()}})
+    return Dataset.from_list(rows)
+
+
+def train(base: Any, pairs: Dataset, options: dict[str, Any], rate: float, seed: int) -> Any:
+    model = copy_of(base)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = RoseRAGConfig(
+            scratch,
+            **{
+                "num_train_epochs": EPOCHS,
+                "per_device_train_batch_size": BATCH,
+                "learning_rate": rate,
+                "max_length": 256,
+                "seed": seed,
+                **QUIET,
+                **options,
+            },
+        )
+        reference = copy_of(base) if args.needs_reference else None
+        trainer = RoseRAGTrainer(model, args, train_dataset=pairs, ref_model=reference, processing_class=tokenizer())
+        trainer.train()
+    return copy_of(model)
+
+
+def measured(model: Any, seed: int) -> dict[str, float]:
+    return {str(facts): accuracy(model, facts, seed) for facts in TEST_FACTS}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    cells = []
+    for arm in ("base", *ARMS):
+        mine = [run for run in runs if run["arm"] == arm]
+        if not mine:
+            continue
+        row = [arm]
+        for facts in TEST_FACTS:
+            values = [run["accuracy"][str(facts)] for run in mine]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            row.append(f"{statistics.mean(values):.1f}{spread}")
+        gains = [
+            run["accuracy"]["8"] - base["accuracy"]["8"]
+            for run in mine
+            for base in runs
+            if (base["arm"], base["seed"]) == ("base", run["seed"])
+        ]
+        row.append(f"{statistics.mean(gains):+.1f}" if arm != "base" else "")
+        cells.append(row)
+    seeds = len({run["seed"] for run in runs})
+    pairs = [run["pairs"] for run in runs if run["arm"] != "base"]
+    head = ["trained on", *(f"{facts} facts" for facts in TEST_FACTS), "gain, 8 facts"]
+    note = (
+        f"Percent of {TEST_QUESTIONS} answers right; mean and standard deviation over {seeds} seeds, each with a base model, questions and responses of its own. "
+        f"{QUESTIONS} questions with {', '.join(map(str, TRAIN_FACTS))} facts, {SAMPLES} responses each, {min(pairs)} to {max(pairs)} pairs; {EPOCHS} epochs at {RATE:g}. "
+        "`python -m benchmarks.rag.facts` repeats it."
+    )
+    return markdown(head, cells) + "\n\n" + note
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    seeds = parser.parse_args().seeds
+    logging.set_verbosity_error()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    runs = stored_runs(NAME)
+
+    def done(run: dict[str, Any]) -> None:
+        runs.append(run)
+        add_stored(NAME, runs, lambda entry: (entry["arm"], entry["seed"]))
+        if len({entry["arm"] for entry in runs}) > 1:
+            write(NAME, {"command": "python -m benchmarks.rag.facts", "runs": runs, "table": table(runs)})
+        print(run, flush=True)
+
+    for seed in seeds:
+        if all((arm, seed) in [(run["arm"], run["seed"]) for run in runs] for arm in ARMS):
+            continue
+        start = time.perf_counter()
+        base = base_model(seed)
+        if ("base", seed) not in [(run["arm"], run["seed"]) for run in runs]:
+            done(
+                {"arm": "base", "seed": seed, "accuracy": measured(base, seed), "seconds": time.perf_counter() - start}
+            )
+        backend = TransformersBackend(base, tokenizer(), batch_size=128)
+        options = {"n_hinted": 0, "n_unhinted": SAMPLES, "batch_size": 64, "seed": seed}
+        builder = RoseRAGDatasetBuilder(backend, prompts=PROMPTS, sampling=Sampling(max_new_tokens=12), **options)  # type: ignore[arg-type]
+        data = builder.build(questions(QUESTIONS, TRAIN_FACTS, 3000 + seed))
+        for arm, (settings, rule) in ARMS.items():
+            if (arm, seed) in [(run["arm"], run["seed"]) for run in runs]:
+                continue
+            model = train(base, pairs_by(rule, data, seed), settings, RATE, seed)
+            done({"arm": arm, "seed": seed, "pairs": len(data), "accuracy": measured(model, seed)})
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
