@@ -203,7 +203,45 @@ ADAPTIVE_SVD = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD)
+ROSERAG = Method(
+    slug="roserag",
+    name="RoseRAG",
+    kind="TRL trainer",
+    summary="teaches a small model to answer from retrieved passages when some of them mislead, from pairs that it wrote itself",
+    paper_title=(
+        "RoseRAG: Robust Retrieval-augmented Generation with Small-scale LLMs via Margin-aware Preference Optimization"
+    ),
+    arxiv="2502.10993",
+    citation="""@inproceedings{liu2025roserag,
+  title     = {RoseRAG: Robust Retrieval-augmented Generation with Small-scale LLMs via Margin-aware Preference Optimization},
+  author    = {Liu, Tianci and Jiang, Haoxiang and Wang, Tianze and Xu, Ran and Yu, Yue and Zhang, Linjun and Zhao, Tuo and Wang, Haoyu},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+  pages     = {13036--13054},
+  year      = {2025},
+}""",
+    entry_points={
+        "RoseRAGTrainer": "hf_ext.trainers.roserag",
+        "RoseRAGConfig": "hf_ext.trainers.roserag",
+        "RoseRAGDatasetBuilder": "hf_ext.trainers.roserag",
+        "TransformersBackend": "hf_ext.trainers.roserag",
+        "EndpointBackend": "hf_ext.trainers.roserag",
+        "RagPipeline": "hf_ext.pipelines.roserag",
+        "RagPrompts": "hf_ext.pipelines.roserag",
+        "BM25Retriever": "hf_ext.pipelines.roserag",
+        "DenseRetriever": "hf_ext.pipelines.roserag",
+    },
+    changes=(
+        "The model was trained to prefer its least confident right answers over its most confident wrong ones to the same question and "
+        "passages."
+    ),
+    limits=(
+        "It answers from the passages it is given: what they get wrong, it may repeat.",
+        "Ask it with the prompt it was trained on, which lies beside the model as `rag_config.json`.",
+        "A citation names a passage that the rationale speaks of; that the passage supports it is not checked.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG)
 
 
 def method(slug: str) -> Method:

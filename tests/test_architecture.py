@@ -25,8 +25,8 @@ ARROWS = {
     "kernels": set(),
     "tuners": {"kernels", "_compat"},
     "cache": {"kernels", "_compat"},
-    "trainers": {"tuners", "metrics", "_compat", "_lazy", "registry"},
-    "pipelines": {"tuners", "cache", "metrics", "_compat", "registry"},
+    "trainers": {"tuners", "pipelines", "metrics", "_compat", "_lazy", "registry"},
+    "pipelines": {"tuners", "cache", "metrics", "_compat", "_lazy", "registry"},
     "metrics": {"_compat", "_lazy"},
     "model_cards": {"tuners", "trainers", "metrics", "_compat", "registry"},
     "demo": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "_compat", "registry"},
@@ -42,7 +42,7 @@ ARROWS = {
         "_compat",
         "registry",
     },
-    "__init__": {"_lazy", "registry", "tuners"},
+    "__init__": {"_lazy", "registry", "tuners", "pipelines"},
 }
 
 
