@@ -15,6 +15,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from trl.trainer import add_fused_lm_head
 
 # Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
 _BEFORE = "_forward_before_training"
@@ -78,6 +79,20 @@ def drop_copied_patches(model: Any) -> None:
     """
     if isinstance(current_forward(model), types.MethodType):
         del base_of(model).forward
+
+
+@contextlib.contextmanager
+def fused_head(base: PreTrainedModel) -> Iterator[None]:
+    """Give a model TRL's fused head for a while, and then the forward it had, that of a trainer included."""
+    names = ("forward", _BEFORE)
+    kept = {name: vars(base)[name] for name in names if name in vars(base)}
+    add_fused_lm_head(base, outputs=("log_probs",))
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(base).pop(name, None)
+        vars(base).update(kept)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,10 @@ def iter_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
     """
     seen: set[str] = set()
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {number} is {row!r:.40}; give rows with `question` and `answers`, one split of a dataset."
+            )
         name = str(row.get("id", number))
         where = f"row {number} (id {name!r})"
         if name in seen:
@@ -62,14 +66,16 @@ def iter_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
         question, answers = row.get("question"), row.get("answers")
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{where}: question={question!r}; give a text.")
-        if isinstance(answers, str):
-            raise ValueError(f"{where}: answers={answers!r} is a text; give a list of accepted answers.")
+        if isinstance(answers, (str, Mapping)):
+            raise ValueError(f"{where}: answers={answers!r:.80} is no list; give a list of accepted answers.")
         usable = tuple(answer for answer in answers or () if isinstance(answer, str) and normalize_answer(answer))
         if not usable:
             raise ValueError(f"{where}: answers={answers!r} has no gold answer; give at least one, or drop the row.")
+        if isinstance(row.get("documents"), Mapping):
+            raise ValueError(f"{where}: documents has columns; give a list of {{'title', 'text'}}.")
         passages = list(row.get("documents") or ())
         for passage in passages:
-            if not isinstance(passage.get("text"), str):
+            if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
                 raise ValueError(f"{where}: the passage {passage!r:.80} has no text.")
         documents = tuple({"title": passage.get("title") or "", "text": passage["text"]} for passage in passages)
         gold = tuple(bool(passage.get("is_gold")) for passage in passages)
@@ -97,13 +103,21 @@ class Condition:
     distractors: int | None = 0
     adversarial: int = 0
 
+    def __post_init__(self) -> None:
+        if self.adversarial < 0 or (self.distractors is not None and self.distractors < 0):
+            raise ValueError(f"{self}: numbers of passages are >= 0.")
+
     @property
     def name(self) -> str:
+        """Different for different conditions: "gold + 4", "no gold + 4", "gold + 1 adversarial", "closed book"."""
+        parts = ["gold" if self.gold else NO_GOLD]
+        if self.distractors is None or self.distractors or not self.adversarial:
+            parts.append("all" if self.distractors is None else str(self.distractors))
         if self.adversarial:
-            return f"gold + {self.adversarial} {ADVERSARIAL}"
-        if self.gold:
-            return f"gold + {'all' if self.distractors is None else self.distractors}"
-        return CLOSED_BOOK if self.distractors == 0 else NO_GOLD
+            parts.append(f"{self.adversarial} {ADVERSARIAL}")
+        elif not self.gold and self.distractors == 0:
+            return CLOSED_BOOK
+        return " + ".join(parts)
 
     def passages(self, question: Question, wrong_answers: Sequence[str], seed: int) -> list[Passage] | None:
         """The passages in the order they are read; None if the question has not enough for this condition."""
@@ -115,7 +129,7 @@ class Condition:
         others = list(question.distractors)
         random.Random(f"{seed}/{question.id}").shuffle(others)
         wanted = len(others) if self.distractors is None else self.distractors
-        if wanted > len(others) or (self.name == NO_GOLD and not others):
+        if wanted > len(others) or (not others and self.distractors is None and not self.gold):
             return None
         found += others[:wanted]
         if self.adversarial:

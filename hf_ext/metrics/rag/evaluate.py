@@ -11,6 +11,8 @@ from hf_ext.metrics.rag.report import RagReport
 
 # Takes questions with their passages, and gives a dict with `answer`, and `rationale` if there is one, for each.
 Reader = Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]]
+# Answers that counterfactual passages choose from.
+_WRONG_ANSWERS = 200
 DEFAULT_CONDITIONS = (
     Condition(distractors=0),
     Condition(distractors=2),
@@ -49,11 +51,12 @@ def evaluate_rag(
         raise ValueError(f"conditions: {names} must be at least one, with different names.")
     matcher = matcher or AnswerMatcher()
     records: list[dict[str, Any]] = []
+    pool = [(question.id, question.answers[0]) for question in asked[:_WRONG_ANSWERS]]
     for condition in conditions:
         inputs: list[dict[str, Any]] = []
         rows: list[Question] = []
         for question in asked:
-            others = [other.answers[0] for other in asked if other.id != question.id]
+            others = [answer for name, answer in pool if name != question.id] if condition.adversarial else []
             passages = condition.passages(question, others, seed)
             if passages is not None:
                 rows.append(question)
@@ -77,7 +80,7 @@ def _are_read(questions: Any) -> bool:
 def _judged(
     question: Question, passages: Sequence[Mapping[str, str]], found: Mapping[str, Any], matcher: AnswerMatcher
 ) -> dict[str, Any]:
-    answer, rationale = str(found["answer"]), str(found.get("rationale") or "")
+    answer, rationale = str(found["answer"] or ""), str(found.get("rationale") or "")
     return {
         "id": question.id,
         "answer": answer,
@@ -87,6 +90,7 @@ def _judged(
         "f1": token_f1(answer, question.answers),
         "accuracy": float(contains_answer(answer, question.answers)),
         "refusal": float(is_refusal(answer)),
+        "unanswered": float(not answer.strip()),
         "rationale_words": float(len(rationale.split())),
         "answer_in_passages": float(any(contains_answer(p["text"], question.answers) for p in passages)),
     }

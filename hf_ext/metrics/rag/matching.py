@@ -15,11 +15,11 @@ from dataclasses import dataclass
 MATCHES = ("exact", "contains")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _YES_NO = ("yes", "no")
+# Whole answers, and beginnings of answers.
+_SINGLE_REFUSALS = ("unknown", "unanswerable", "none")
 _REFUSALS = (
     "i do not know",
     "i dont know",
-    "unknown",
-    "unanswerable",
     "cannot be determined",
     "cannot answer",
     "cant answer",
@@ -77,9 +77,9 @@ def _stands_in(gold: str, text: str) -> bool:
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer says that there is none, in one of a few common English phrases; an empty one does."""
+    """Whether an answer says that there is none, in one of a few common English phrases."""
     found = normalize_answer(answer)
-    return not found or any(found.startswith(refusal) for refusal in _REFUSALS)
+    return found in _SINGLE_REFUSALS or any(f"{found} ".startswith(f"{refusal} ") for refusal in _REFUSALS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AnswerMatcher:
     Attributes:
         match: "exact" after normalisation, or "contains": a gold answer stands somewhere in it, for long answers.
 
-    Where the gold answer is yes or no, the first of these two words in the answer counts.
+    Where all gold answers are yes or no, the first of these two words in the answer counts.
     """
 
     match: str = "exact"
@@ -99,8 +99,8 @@ class AnswerMatcher:
             raise ValueError(f"match={self.match!r}: use one of {MATCHES}.")
 
     def __call__(self, answer: str, golds: Sequence[str]) -> bool:
-        yes_no = {normalize_answer(gold) for gold in golds} & set(_YES_NO)
-        if yes_no:
+        yes_no = {normalize_answer(gold) for gold in golds}
+        if yes_no and yes_no <= set(_YES_NO):
             said = next((word for word in normalize_answer(answer).split() if word in _YES_NO), None)
             return said in yes_no
         return exact_match(answer, golds) if self.match == "exact" else contains_answer(answer, golds)

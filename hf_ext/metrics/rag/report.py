@@ -13,15 +13,16 @@ from typing import Any
 from hf_ext._lazy import optional_import
 from hf_ext.metrics.statistics import bootstrap_interval, paired_permutation_test
 
-SCORES = ("exact_match", "f1", "accuracy", "correct", "refusal", "answer_in_passages")
+SCORES = ("exact_match", "f1", "accuracy", "correct", "refusal", "unanswered", "answer_in_passages")
 _TITLES = {
     "exact_match": "exact match",
     "f1": "F1",
     "accuracy": "accuracy",
     "refusal": "refusals",
+    "unanswered": "without an answer",
     "answer_in_passages": "answer in passages",
 }
-_LEVEL = re.compile(r"gold \+ (\d+)$")
+_LEVEL = re.compile(r"gold \+ (\d+)")
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,13 @@ def draw(reports: Mapping[str, RagReport], path: str | Path, score: str = "exact
     pyplot = optional_import("matplotlib.pyplot", "rag")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, report in reports.items():
-        levels = {int(found[1]): c for c in report.conditions if (found := _LEVEL.match(c))}
+        levels = {int(found[1]): c for c in report.conditions if (found := _LEVEL.fullmatch(c))}
         numbers = sorted(levels)
         means = [report.mean(levels[n], score) for n in numbers]
         (line,) = axes.plot(numbers, means, marker="o", label=name or None)
         intervals = [report.interval(levels[n], score) for n in numbers]
-        axes.fill_between(numbers, *zip(*intervals, strict=True), color=line.get_color(), alpha=0.15)
+        lows, highs = [low for low, _ in intervals], [high for _, high in intervals]
+        axes.fill_between(numbers, lows, highs, color=line.get_color(), alpha=0.15)
         others = [c for c in report.conditions if c not in levels.values()]
         for place, condition in enumerate(others, start=1):
             at = (max(numbers, default=0) or 1) * (1 + 0.25 * place)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM, StoppingCriteriaList, TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import cached_file
@@ -15,7 +15,10 @@ from hf_ext.pipelines.roserag.prompts import CONFIG_FILE, RagPrompts, render
 from hf_ext.pipelines.roserag.retrievers import Retriever
 from hf_ext.pipelines.roserag.stopping import AnswerComplete
 
+logger = logging.getLogger(__name__)
 TASK = "rag-question-answering"
+# Of text generation, but without a meaning here: a question has one answer.
+_WITHOUT_EFFECT = ("num_return_sequences", "return_full_text", "return_tensors", "return_text", "return_type")
 
 
 class RagPipeline(TextGenerationPipeline):
@@ -52,7 +55,8 @@ class RagPipeline(TextGenerationPipeline):
             raise ValueError(f"n_docs={n_docs}: ask for at least one passage.")
         super().__init__(*args, **kwargs)
         self.retriever, self.n_docs = retriever, n_docs
-        self.prompts = prompts or read_prompts(str(self.model.config.name_or_path))
+        # An adapter has its tokenizer beside it, and the name of its base in the configuration.
+        self.prompts = prompts or read_prompts(self.tokenizer.name_or_path, str(self.model.config.name_or_path))
 
     def __call__(  # type: ignore[override]
         self,
@@ -78,6 +82,9 @@ class RagPipeline(TextGenerationPipeline):
         if not single and documents is not None:
             raise ValueError("documents: give those of several questions with each, as {'question', 'documents'}.")
         asked: list[Any] = [question] if single else list(question)
+        useless = [name for name in _WITHOUT_EFFECT if name in kwargs]
+        if useless:
+            raise ValueError(f"{useless[0]} has no effect on this task: leave it out.")
         rows = [_read(row, documents) for row in asked]
         if not rows:
             return []
@@ -115,7 +122,8 @@ class RagPipeline(TextGenerationPipeline):
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
         complete = AnswerComplete(self.tokenizer, self.prompts, model_inputs["input_ids"].shape[1])
         given = generate_kwargs.pop("stopping_criteria", None) or []
-        generate_kwargs.setdefault("do_sample", False)
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs.setdefault("do_sample", False)
         return super()._forward(
             model_inputs, stopping_criteria=StoppingCriteriaList([*given, complete]), **generate_kwargs
         )
@@ -159,22 +167,27 @@ def _read(row: str | Mapping[str, Any], documents: Sequence[Mapping[str, Any]] |
 
 def room_of(model: Any) -> int | None:
     """Positions that a model has, where its configuration says so."""
-    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+    config = model.config.get_text_config()
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    return config.to_dict().get(name)
 
 
-def read_prompts(name_or_path: str) -> RagPrompts:
-    """The texts saved beside a model, in a folder or on the Hub; ours if there are none."""
-    if not name_or_path:
-        return RagPrompts()
-    local = Path(name_or_path)
-    if local.is_dir():
-        path = local / CONFIG_FILE
-        return RagPrompts.from_file(path) if path.is_file() else RagPrompts()
-    try:
-        found = cached_file(name_or_path, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
-    except (OSError, EntryNotFoundError):
-        found = None
-    return RagPrompts.from_file(found) if found else RagPrompts()
+def read_prompts(*names: str) -> RagPrompts:
+    """The texts saved beside the first of these, folders or repositories, that has them; ours if none has."""
+    for name in dict.fromkeys(filter(None, names)):
+        if Path(name).is_dir():
+            found: Any = Path(name) / CONFIG_FILE
+            if not found.is_file():
+                continue
+        else:
+            try:
+                found = cached_file(name, CONFIG_FILE, _raise_exceptions_for_missing_entries=False)
+            except OSError as error:
+                logger.warning("whether %s has prompts of its own (%s) is not known: %s", name, CONFIG_FILE, error)
+                continue
+        if found:
+            return RagPrompts.from_file(found)
+    return RagPrompts()
 
 
 def register() -> None:

@@ -43,7 +43,7 @@ class RagPrompts:
         question: what is asked at inference and trained on, with `{passages}` and `{question}`.
         hinted: asks for the reasoning that leads to a known answer, with `{passages}`, `{question}` and `{answer}`.
         conclude: the turn after the reasoning.
-        marker: stands before the answer in a response.
+        marker: stands before the answer in a response; `{marker}` in a text stands for it.
         plain: layout for models without a chat template, with `{prompt}`.
 
     Raises:
@@ -54,7 +54,7 @@ class RagPrompts:
     passage: str = "[{number}] {title}: {text}"
     question: str = (
         "{passages}\n\nQuestion: {question}\n\nSome passages may be irrelevant or wrong. Reason in at most four sentences and name the "
-        "passages you use by their numbers, as in [2]. Then give the shortest possible answer in a line of its own, after 'Answer:'."
+        "passages you use by their numbers, as in [2]. Then give the shortest possible answer in a line of its own, after '{marker}'."
     )
     hinted: str = (
         "{passages}\n\nQuestion: {question}\n\nThe answer is known to be: {answer}\n\nSome passages may be irrelevant or wrong. Explain in at most "
@@ -62,7 +62,7 @@ class RagPrompts:
         "answer was given."
     )
     conclude: str = (
-        "From this reasoning alone, give the shortest possible answer to the question, in a line after 'Answer:'."
+        "From this reasoning alone, give the shortest possible answer to the question, in a line after '{marker}'."
     )
     marker: str = "Answer:"
     plain: str = "{prompt}\n\nReasoning:"
@@ -93,7 +93,7 @@ class RagPrompts:
 
     def inference(self, question: str, documents: Sequence[Mapping[str, str]]) -> Messages:
         """What a model is asked when it is used, and trained on."""
-        asked = _fill(self.question, passages=self._passages(documents), question=question)
+        asked = _fill(self.question, passages=self._passages(documents), question=question, marker=self.marker)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": asked}]
 
     def explanation(self, question: str, documents: Sequence[Mapping[str, str]], answer: str) -> Messages:
@@ -106,8 +106,13 @@ class RagPrompts:
         return [
             *self.inference(question, documents),
             {"role": "assistant", "content": rationale},
-            {"role": "user", "content": self.conclude},
+            {"role": "user", "content": self.last_question},
         ]
+
+    @property
+    def last_question(self) -> str:
+        """`conclude` with the marker in it."""
+        return _fill(self.conclude, marker=self.marker)
 
     def response(self, rationale: str, answer: str) -> str:
         """A response as a model is trained to write it."""
@@ -118,17 +123,27 @@ class RagPrompts:
     def read(self, response: str) -> Answer:
         """Rationale, answer and cited passages of a response.
 
-        The first marker at the beginning of a line counts, since models that go on talk of other questions after it; otherwise the last one.
+        The first marker at the beginning of a line counts, since models that go on talk of other questions after it; otherwise the last one. Case and
+        emphasis in Markdown do not matter.
         """
-        line = re.search(rf"^[ \t]*{re.escape(self.marker)}", response, re.MULTILINE)
-        if line:
-            before, after = response[: line.start()], response[line.end() :]
-        else:
-            before, marker, after = response.rpartition(self.marker)
-            if not marker:
-                return Answer(response.strip(), "", cited(response))
-        lines = after.strip().splitlines()
-        return Answer(before.strip(), lines[0].strip() if lines else "", cited(before))
+        found = re.search(rf"^[ \t]*{self._pattern}", response, re.MULTILINE | re.IGNORECASE)
+        if found is None:
+            found = next(reversed(list(re.finditer(self._pattern, response, re.IGNORECASE))), None)
+        if found is None:
+            return Answer(response.strip(), "", cited(response))
+        before, after = response[: found.start()].strip(), response[found.end() :].strip()
+        answer = after.splitlines()[0].strip().rstrip("*_").strip() if after else ""
+        return Answer(before, answer, cited(before))
+
+    @property
+    def _pattern(self) -> str:
+        """The marker as models write it, `**Answer:**` among others."""
+        name, colon = (self.marker[:-1], ":") if self.marker.endswith(":") else (self.marker, "")
+        return rf"[*_]*{re.escape(name)}[*_]*[ \t]*{colon}[*_]*"
+
+    def is_complete(self, response: str) -> bool:
+        """Whether a line that begins with the marker has an answer and has ended."""
+        return bool(re.search(rf"^[ \t]*{self._pattern}[ \t]*\S.*\n", response, re.MULTILINE | re.IGNORECASE))
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -149,6 +164,8 @@ class RagPrompts:
         """
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {field.name for field in fields(cls)}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: {str(content)[:40]!r} is no object.")
         if not content.keys() <= known or not all(isinstance(value, str) for value in content.values()):
             raise ValueError(f"{path}: fields {sorted(content.keys() - known)} are unknown, or a value is no text.")
         return cls(**content)
@@ -173,6 +190,8 @@ def render(tokenizer: Any, messages: Messages, prompts: RagPrompts) -> str:
     """
     if tokenizer.chat_template is None:
         turns = "\n\n".join(message["content"] for message in messages)
+        if messages[-1]["content"] == prompts.last_question:
+            return f"{turns}\n{prompts.marker}"
         return _fill(prompts.plain, prompt=turns)
     return tokenizer.apply_chat_template(for_template(tokenizer, messages), tokenize=False, add_generation_prompt=True)
 

@@ -82,6 +82,8 @@ class BM25Retriever:
             [
                 {**self.corpus[int(number)], "score": float(score)}
                 for number, score in zip(row, row_scores, strict=True)
+                # One of 0 has no word in common.
+                if score > 0
             ]
             for row, row_scores in zip(found, scores, strict=True)
         ]

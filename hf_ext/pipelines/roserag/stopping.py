@@ -38,4 +38,4 @@ class AnswerComplete(StoppingCriteria):
 
     def _is_complete(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return bool(self._prompts.read(text).answer)
+        return self._prompts.is_complete(text)

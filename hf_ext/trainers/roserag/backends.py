@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,13 +15,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from transformers import DynamicCache, PreTrainedModel
-from trl.trainer import add_fused_lm_head
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from hf_ext.pipelines.roserag.pipeline import room_of
 from hf_ext.pipelines.roserag.prompts import Messages, RagPrompts, for_template, render
 from hf_ext.pipelines.roserag.stopping import AnswerComplete
-from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.output_layer import base_of, fused_head, score_answers
 from hf_ext.trainers.roserag.sampling import DrawByRow, Sampling
 from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
 
@@ -79,24 +82,31 @@ class TransformersBackend:
         model: a model or PEFT model; the one that will be trained.
         tokenizer: its tokenizer.
         batch_size: responses written or scored at once, >= 1.
-        revision: told in the provenance; by default a digest of the weights tells models apart.
+        revision: told in the provenance, beside a digest of the weights.
 
     Raises:
-        ValueError: a chat template that changes the prompt when a response follows.
+        ValueError: a chat template that changes the prompt when a response follows, or an adapter on the output layer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16, revision: str | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1.")
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self._revision = model, tokenizer, batch_size, revision
         self._base: PreTrainedModel = base_of(model)
-        self._identity = f"{self._base.config.name_or_path}@{revision or _digest(model)}"
+        if isinstance(self._base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "the output layer has an adapter, which TRL's fused head reads past: remove 'lm_head' from target_modules."
+            )
         self._shares = can_share_prefix(model, self._base)
         _check_template(tokenizer)
 
     @property
     def identity(self) -> str:
-        return self._identity
+        """Of the model as it is now."""
+        name = (
+            f"{self._base.config.name_or_path}@{self._revision}" if self._revision else self._base.config.name_or_path
+        )
+        return f"{name}@{_digest(self.model, self.tokenizer)}"
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -140,23 +150,27 @@ class TransformersBackend:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         options: dict[str, Any] = {
-            "do_sample": False,
-            "max_new_tokens": sampling.max_new_tokens,
-            "pad_token_id": pad,
+            # All that a checkpoint's own generation settings may say otherwise: what is not given is taken from there.
+            "generation_config": GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_new_tokens,
+                min_length=0,
+                min_new_tokens=0,
+                num_beams=1,
+                num_return_sequences=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                pad_token_id=pad,
+                eos_token_id=self.model.generation_config.eos_token_id,
+            ),
             "stopping_criteria": [AnswerComplete(self.tokenizer, prompts, width)],
-            # What a checkpoint's own generation settings say must not mix with these.
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
         }
         if sampling.temperature > 0:
             options["logits_processor"] = [DrawByRow(seeds, sampling)]
-        if self._shares and width > 1:
-            options["past_key_values"] = self._prefilled(ids, mask)
-        was_training = self.model.training
-        self.model.eval()
-        written = self.model.generate(input_ids=ids, attention_mask=mask, **options)
-        self.model.train(was_training)
+        with _evaluating(self.model):
+            if self._shares and width > 1:
+                options["past_key_values"] = self._prefilled(ids, mask)
+            written = self.model.generate(input_ids=ids, attention_mask=mask, **options)
         return self.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
 
     def _prefilled(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
@@ -187,17 +201,12 @@ class TransformersBackend:
         longest, room = max(len(before) + len(after) for before, after in pairs), room_of(self.model)
         if room is not None and longest > room:
             return TooLong(f"{longest} tokens of prompt and response, and the model reads {room}")
-        before = restore_forward(self.model)
-        add_fused_lm_head(self._base, outputs=("log_probs",))
-        remember_forward(self.model, before)
-        was_training, found = self.model.training, []
-        self.model.eval()
-        try:
+        found: list[list[float]] = []
+        with _evaluating(self.model), fused_head(self._base):
             for start in range(0, len(pairs), self.batch_size):
                 found += self._score(pairs[start : start + self.batch_size])
-        finally:
-            self.model.train(was_training)
-            restore_forward(self.model)
+        if not all(math.isfinite(value) for values in found for value in values):
+            return BackendError("a log-probability is not finite: check the model, or load it in another dtype")
         return found
 
     def _tokens(self, prompt: Messages | str, response: str) -> tuple[list[int], list[int]]:
@@ -230,13 +239,26 @@ class TransformersBackend:
         return [values[own].tolist() for values, own in zip(outputs.log_probs.float(), where, strict=True)]
 
 
-def _digest(model: Any) -> str:
-    """Tells models apart by some numbers of every weight."""
-    digest = hashlib.sha256()
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, and in the mode it was in afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _digest(model: Any, tokenizer: Any) -> str:
+    """Tells models apart by sums over every weight, and by what else a response depends on."""
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    digest.update(str(model.active_adapters if isinstance(model, PeftModel) else "").encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)][:64]
-        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+        sums = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat.float(), dtype=torch.float64)
+        digest.update(f"{name} {parameter.dtype} {[float(value) for value in sums]}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -261,12 +283,16 @@ class Retries:
     Attributes:
         attempts: in all, >= 1.
         first_wait: seconds before the second attempt, doubled for each further one.
-        longest_wait: seconds.
+        longest_wait: seconds, whatever the server asks for.
     """
 
     attempts: int = 6
     first_wait: float = 1.0
     longest_wait: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"attempts={self.attempts}: give at least 1.")
 
     def call(self, request: Callable[[], Any], told: Callable[[Exception], float | None]) -> Any:
         """What `request` returns; `told` gives the seconds that an error asks to wait, 0 if it does not say, and None if it is for good.
@@ -281,7 +307,7 @@ class Retries:
                 asked = told(error)
                 if asked is None or attempt == self.attempts:
                     raise BackendError(f"{type(error).__name__}: {str(error)[:200]} (attempt {attempt})") from error
-                wait = max(asked, min(self.first_wait * 2 ** (attempt - 1), self.longest_wait))
+                wait = min(max(asked, self.first_wait * 2 ** (attempt - 1)), self.longest_wait)
                 logger.info("attempt %d failed (%s); trying again in %.1f s", attempt, error, wait)
                 time.sleep(wait)
         raise AssertionError
@@ -316,6 +342,8 @@ class EndpointBackend:
         concurrency: requests at once, >= 1.
         timeout: seconds for one request.
         retries: when a request is tried again.
+        tokenizer: of the served model, if its chat template has no system role: the text then goes in front of the question, as in training.
+        revision: told in the provenance; change it when the server's weights change, so that earlier responses are not taken for theirs.
     """
 
     def __init__(
@@ -326,16 +354,19 @@ class EndpointBackend:
         concurrency: int = 16,
         timeout: float = 120.0,
         retries: Retries | None = None,
+        tokenizer: Any = None,
+        revision: str | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}: give at least 1.")
         # Without a key, the client would send the user's Hugging Face token, which is none of the server's business.
         self._client = InferenceClient(base_url=base_url, api_key=api_key or "none", timeout=timeout)
         self._model, self._concurrency, self._retries = model, concurrency, retries or Retries()
+        self._tokenizer, self._identity = tokenizer, f"{model}@{revision or base_url}"
 
     @property
     def identity(self) -> str:
-        return self._model
+        return self._identity
 
     def write(
         self,
@@ -362,7 +393,7 @@ class EndpointBackend:
 
     def _ask(self, messages: Messages, seed: int, sampling: Sampling) -> str:
         reply = self._client.chat_completion(
-            messages,
+            messages if self._tokenizer is None else for_template(self._tokenizer, messages),
             model=self._model,
             max_tokens=sampling.max_new_tokens,
             seed=seed,
@@ -373,9 +404,8 @@ class EndpointBackend:
             text = reply.choices[0].message.content
         except (AttributeError, IndexError, TypeError) as error:
             raise Garbage(f"the reply has no message: {str(reply)[:100]!r}") from error
-        if not isinstance(text, str) or not text.strip():
-            raise Garbage(f"the message is {text!r}")
-        return text
+        # Nothing was said, as by a model that was cut off while it thought: a response without an answer.
+        return text or ""
 
 
 class VLLMBackend:
@@ -405,7 +435,7 @@ class VLLMBackend:
         def ask(request: tuple[int, Messages, int]) -> str | BackendError:
             try:
                 reply = self._client.chat(
-                    [request[1]],
+                    [for_template(self._tokenizer, request[1])],
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_new_tokens,

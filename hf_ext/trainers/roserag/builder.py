@@ -27,7 +27,7 @@ from hf_ext.trainers.roserag.backends import BackendError, Scorer, TooLong, Writ
 from hf_ext.trainers.roserag.report import BuildReport
 from hf_ext.trainers.roserag.sampling import Sampling, seed_of
 from hf_ext.trainers.roserag.selection import NORMALIZATIONS, RULES, Dropped, score, select
-from hf_ext.trainers.roserag.store import StageStore, digest_of
+from hf_ext.trainers.roserag.store import StageStore, digest_of, locked
 
 logger = logging.getLogger(__name__)
 PROVENANCE_FILE = "roserag_build.json"
@@ -45,6 +45,10 @@ class _Row:
     id: str
     question: Question
     passages: list[dict[str, str]]
+
+
+def _name(identity: str) -> str:
+    return identity.partition("@")[0]
 
 
 class RoseRAGDatasetBuilder:
@@ -102,6 +106,13 @@ class RoseRAGDatasetBuilder:
                 raise ValueError(f"{name}={value!r}: give at least {least}.")
         if n_hinted + n_unhinted < 2:
             raise ValueError(f"n_hinted={n_hinted}, n_unhinted={n_unhinted}: a pair needs at least two responses.")
+        names = [condition.name for condition in noise or ()]
+        if noise is not None and len(set(names)) < max(len(names), 1):
+            raise ValueError(f"noise: {names} must be at least one condition, each once.")
+        if noise is not None and retriever is not None:
+            raise ValueError(
+                "noise: its conditions take the passages of the questions, and a retriever would not be asked; leave one out."
+            )
         if selection not in (*RULES, "random"):
             raise ValueError(f"selection={selection!r}: choose among {(*RULES, 'random')}.")
         if selection_score not in NORMALIZATIONS:
@@ -112,7 +123,7 @@ class RoseRAGDatasetBuilder:
                     f"{type(writer).__name__} cannot score: give scorer=TransformersBackend(model, tokenizer) with the model that will be trained."
                 )
             scorer = writer
-        if scorer.identity != writer.identity:
+        if _name(scorer.identity) != _name(writer.identity):
             logger.warning(
                 "responses are written by %s and scored by %s: score with the model that will be trained.",
                 writer.identity,
@@ -130,12 +141,13 @@ class RoseRAGDatasetBuilder:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.report = BuildReport()
         self._wrong_answers: list[tuple[str, str]] = []
+        self._identities = {"writer": writer.identity, "scorer": scorer.identity}
 
     # -- settings ----------------------------------------------------------------------------------------------------
 
     def _written_settings(self) -> dict[str, Any]:
         return {
-            "writer": self.writer.identity,
+            "writer": self._identities["writer"],
             "prompts": asdict(self.prompts),
             "sampling": asdict(self.sampling),
             "seed": self.seed,
@@ -145,7 +157,7 @@ class RoseRAGDatasetBuilder:
         """All that the dataset depends on but the questions and the retriever."""
         return {
             **self._written_settings(),
-            "scorer": self.scorer.identity,
+            "scorer": self._identities["scorer"],
             "n_hinted": self.n_hinted,
             "n_unhinted": self.n_unhinted,
             "n_docs": self.n_docs,
@@ -177,17 +189,15 @@ class RoseRAGDatasetBuilder:
         target = None if output_dir is None else Path(output_dir)
         if target is not None and target.exists():
             raise ValueError(f"output_dir={str(target)!r} exists: give another, or remove it.")
-        rows = questions if isinstance(questions, (Dataset, Sequence)) else list(questions)
+        rows: Any = questions if isinstance(questions, (Dataset, Sequence)) else list(questions)
         count = self._check(rows)
-        started = time.perf_counter()
+        self._started = time.perf_counter()
+        # The weights may have changed since the last build.
+        self._identities = {"writer": self.writer.identity, "scorer": self.scorer.identity}
         self.report = BuildReport(settings=self.settings())
         pairs = self._pairs(tqdm(self._rows(rows), total=count, desc="Building pairs", unit="question"))
-        data = self._in_memory(pairs) if target is None else self._on_disk(pairs, target)
-        self.report.seconds = time.perf_counter() - started
-        if target is not None:
-            (target / PROVENANCE_FILE).write_text(
-                json.dumps(self.report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        with locked(self.cache_dir):
+            data = self._in_memory(pairs) if target is None else self._on_disk(pairs, target)
         return data
 
     def _check(self, rows: Any) -> int:
@@ -211,7 +221,9 @@ class RoseRAGDatasetBuilder:
             others = [answer for name, answer in self._wrong_answers if name != question.id]
             for condition in self.noise:
                 passages = condition.passages(question, others, self.seed)
-                if passages is not None:
+                if passages is None:
+                    self.report.outcomes["no_condition"] += 1
+                else:
                     yield _Row(f"{question.id} ({condition.name})", question, [dict(passage) for passage in passages])
 
     def _features(self, conversational: bool) -> Features:
@@ -239,6 +251,7 @@ class RoseRAGDatasetBuilder:
 
     def _in_memory(self, pairs: Iterator[dict[str, Any]]) -> Dataset:
         found = list(pairs)
+        self.report.seconds = time.perf_counter() - self._started
         if not found:
             raise ValueError(self.report.advice())
         return self._dataset(found)
@@ -259,6 +272,9 @@ class RoseRAGDatasetBuilder:
                 f"Preference pairs built with hf_ext: {json.dumps(self.settings(), ensure_ascii=False)}"
             )
             whole.save_to_disk(Path(scratch) / "whole")
+            self.report.seconds = time.perf_counter() - self._started
+            provenance = json.dumps(self.report.to_dict(), indent=1, ensure_ascii=False) + "\n"
+            (Path(scratch) / "whole" / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
             (Path(scratch) / "whole").rename(target)
         return load_from_disk(target)
 
@@ -269,9 +285,7 @@ class RoseRAGDatasetBuilder:
         stores = {
             "hinted": StageStore(self.cache_dir, "hinted", written),
             "unhinted": StageStore(self.cache_dir, "unhinted", written),
-            "scores": StageStore(
-                self.cache_dir, "scores", {"scorer": self.scorer.identity, "plain": self.prompts.plain}
-            ),
+            "scores": StageStore(self.cache_dir, "scores", {"scorer": self._identities["scorer"]}),
         }
         self._failed_in_turn = 0
         stream = iter(rows)
@@ -283,6 +297,8 @@ class RoseRAGDatasetBuilder:
         without = [row for row in batch if not row.passages]
         if without and self.retriever is not None and self.noise is None:
             found = self.retriever.search([row.question.question for row in without], self.n_docs)
+            if len(found) != len(without):
+                raise ValueError(f"the retriever gave {len(found)} lists of passages for {len(without)} questions.")
             for row, passages in zip(without, found, strict=True):
                 row.passages.extend(
                     {"title": passage.get("title") or "", "text": passage["text"]} for passage in passages
@@ -355,7 +371,8 @@ class RoseRAGDatasetBuilder:
         ]
 
     def _read(self, text: str) -> dict[str, str]:
-        found = self.prompts.read(text)
+        # Half of a character that a server cut cannot be stored.
+        found = self.prompts.read(text := text.encode("utf-8", "replace").decode())
         whole = self.prompts.response(found.rationale, found.answer) if found.answer else text.strip()
         return {"text": whole, "answer": found.answer}
 
@@ -366,7 +383,9 @@ class RoseRAGDatasetBuilder:
         seeds = [self._seeds(row, "hinted", count) for row in rows]
         written = self.writer.write(asked, seeds, self.sampling, self.prompts)
         rationales = [
-            found if isinstance(found, BackendError) else [self.prompts.read(text).rationale for text in found]
+            found
+            if isinstance(found, BackendError)
+            else [self.prompts.read(text.encode("utf-8", "replace").decode()).rationale for text in found]
             for found in written
         ]
         turns = [
@@ -394,7 +413,11 @@ class RoseRAGDatasetBuilder:
         self, row: _Row, hinted: list[dict[str, str]], unhinted: list[dict[str, str]]
     ) -> list[dict[str, Any]]:
         """What may be chosen or rejected, each text once."""
-        knows = any(contains_answer(passage["text"], row.question.answers) for passage in row.passages)
+        gold = {passage["text"] for passage in row.question.gold}
+        if gold:
+            knows = any(passage["text"] in gold for passage in row.passages)
+        else:
+            knows = any(contains_answer(passage["text"], row.question.answers) for passage in row.passages)
         found: dict[str, dict[str, Any]] = {}
         for source, responses in (("hinted", hinted), ("unhinted", unhinted)):
             counts = self.report.candidates[source]
@@ -402,12 +425,17 @@ class RoseRAGDatasetBuilder:
                 right = self.matcher(response["answer"], row.question.answers)
                 counts["written"] += 1
                 counts["accepted"] += right
-                counts["unanswered"] += not response["answer"]
+                if not response["answer"] or (
+                    source == "hinted" and not self.prompts.read(response["text"]).rationale
+                ):
+                    # Cut off, or without a word of reasoning: neither to be imitated nor what was meant by a wrong answer.
+                    counts["unanswered"] += 1
+                    continue
                 if source == "hinted" and not right:
                     continue
                 if source == "unhinted" and right and not self.use_unhinted_correct:
                     continue
-                if not right and response["answer"] and is_refusal(response["answer"]) and not knows:
+                if not right and is_refusal(response["answer"]) and not knows:
                     # Where the passages do not tell, not knowing is no mistake.
                     counts["refusals"] += 1
                     continue

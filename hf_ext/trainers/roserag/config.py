@@ -7,26 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from hf_ext.trainers.roserag.loss import NLL_NORMALIZATIONS, PREFERENCE_LOSSES, PreferenceLoss
-
-# Losses of `DPOTrainer`; all but the last compare with a reference.
-NATIVE_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "sft",
-)
+from hf_ext.trainers.roserag.loss import NATIVE_LOSSES, NLL_NORMALIZATIONS, PREFERENCE_LOSSES, PreferenceLoss
 
 
 @dataclass
@@ -41,7 +22,8 @@ class RoseRAGConfig(DPOConfig):
             Tokens of prompt and response. Prompts hold passages, so TRL's 1024 would drop many rows.
         loss_type (`list[str]`, *optional*, defaults to `["rose_rag"]`):
             Terms of the loss: `"rose_rag"` (ORPO's odds ratio, the paper's), `"margin_dpo"`, `"simpo"`, those you registered, and those
-            of [`~trl.DPOConfig`]; `loss_weights` weighs them.
+            of [`~trl.DPOConfig`]; `loss_weights` weighs them. `beta` is that of margin_dpo, simpo and TRL's, and not the weight of the odds ratio, which ORPO's
+            authors call so too.
         orpo_lambda (`float`, *optional*, defaults to `0.5`):
             Weight of the odds ratio, >= 0. Our choice: the paper's is not known, and ORPO's authors take 0.1.
         margin (`float`, *optional*, defaults to `0.0`):
@@ -53,7 +35,8 @@ class RoseRAGConfig(DPOConfig):
             The negative log-likelihood of the chosen response: `"sequence"`, its mean over tokens, then over pairs, which gradient accumulation leaves as it
             is; `"token"`, the mean over all tokens of a micro-batch; `"full_token"`, the same over prompt and response, as TRL's `ORPOTrainer`; or `"none"`.
         nll_weight (`float`, *optional*):
-            Its weight, >= 0. `None` is 1 for rose_rag and margin_dpo, and 0 for the others.
+            Its weight, >= 0, which `loss_weights` leaves alone. `None` is 1 for rose_rag and margin_dpo, and 0 for the others. TRL's `"sft"` is the same term over
+            tokens: name it beside rose_rag with `nll_weight=0` alone.
     """
 
     learning_rate: float = field(
@@ -120,6 +103,10 @@ class RoseRAGConfig(DPOConfig):
             raise ValueError(
                 f"ld_alpha and use_weighting are for TRL's own losses, and {list(self.own_losses)} would ignore them: leave them out."
             )
+        if self.label_smoothing and self.own_losses.keys() == set(self.loss_type):
+            raise ValueError(f"label_smoothing has no effect on loss_type={self.loss_type!r}: leave it out.")
+        if self.sync_ref_model and not self.needs_reference:
+            raise ValueError(f"sync_ref_model: loss_type={self.loss_type!r} has no reference; leave it out.")
         super().__post_init__()
 
     @property

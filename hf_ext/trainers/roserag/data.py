@@ -28,6 +28,9 @@ class WithGamma:
         self._collator, self._column = collator, column
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            # Streams are not read before.
+            _check_margin(example[self._column], self._column)
         margins = torch.tensor([float(example[self._column]) for example in examples])
         return {**self._collator(examples), GAMMA: margins}
 
@@ -42,16 +45,32 @@ def check_margins(dataset: Any, column: str, name: str) -> None:
         raise ValueError(f"margin_column={column!r}: the {name} dataset has the columns {sorted(names)}.")
     if isinstance(dataset, Dataset):
         for row, value in enumerate(dataset[column]):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} dataset, row {row}: {column}={value!r} is no finite number.")
+            _check_margin(value, f"{name} dataset, row {row}: {column}")
+
+
+def _check_margin(value: Any, where: str) -> None:
+    number = value.item() if isinstance(value, torch.Tensor) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise ValueError(f"{where}={value!r} is no finite number.")
 
 
 def check_prompts(dataset: Dataset, prepared: Dataset, max_length: int | None, name: str) -> None:
-    """Say how many rows `DPOTrainer` dropped because their prompt leaves no room for a response.
+    """Say how many rows `DPOTrainer` dropped because their prompt leaves no room for a response, and how many responses it will cut.
 
     Raises:
-        ValueError: all of them.
+        ValueError: all of them are dropped.
     """
+    if max_length is not None and len(prepared):
+        columns = [[len(ids) for ids in prepared[side]] for side in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        cut = sum(prompt + max(sides) > max_length for prompt, *sides in zip(*columns, strict=True))
+        if cut:
+            logger.warning(
+                "%s dataset: prompt and response of %d of %d rows are longer than max_length=%d and are cut, which takes the answer away: raise it.",
+                name,
+                cut,
+                len(prepared),
+                max_length,
+            )
     dropped = len(dataset) - len(prepared)
     if not dropped:
         return

@@ -22,6 +22,24 @@ from torch import Tensor
 
 # A mean log-probability of 0 has infinite odds. In float32 this is the first step away from it.
 _LARGEST = -torch.finfo(torch.float32).eps
+# Names of `DPOTrainer`'s own; all but the last compare with a reference.
+NATIVE_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+)
 NLL_NORMALIZATIONS = ("sequence", "token", "full_token", "none")
 
 
@@ -117,8 +135,8 @@ def register_preference_loss(name: str, loss: PreferenceLoss) -> None:
     """Make a loss of your own known to `loss_type`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, by a loss of TRL's too.
     """
-    if name in PREFERENCE_LOSSES:
+    if name in PREFERENCE_LOSSES or name in NATIVE_LOSSES:
         raise ValueError(f"name={name!r}: there is a loss of that name; choose another.")
     PREFERENCE_LOSSES[name] = loss

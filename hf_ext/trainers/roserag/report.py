@@ -13,12 +13,15 @@ REASONS = {
     "failed": "failed, to be tried again by the next `build`",
     "too_long": "dropped: prompt and response do not fit into the model",
     "no_passages": "dropped: nothing was retrieved",
+    "no_condition": "left out: too few passages for a condition of noise",
 }
 
 
 @dataclass
 class BuildReport:
     """Counts of a build.
+
+    "Without an answer" are responses without an answer line, and hinted ones without reasoning; they are no candidates.
 
     Attributes:
         outcomes: questions by outcome, see `REASONS`.
@@ -65,12 +68,19 @@ class BuildReport:
     def advice(self) -> str:
         """What to change if no question made a pair."""
         counts = {name: number for name, number in self.outcomes.items() if number}
-        if self.outcomes["no_correct"] >= max(self.outcomes["no_incorrect"], self.outcomes["failed"]):
+        named = {
+            "too_long": "give fewer or shorter passages",
+            "no_passages": "look at what the retriever finds",
+            "no_condition": "give questions with more passages, or other conditions",
+            "failed": "see `report.failures`, and call build again",
+        }
+        most = max(counts, key=lambda name: counts[name], default="")
+        if most in named:
+            remedy = named[most]
+        elif most == "no_correct":
             remedy = "raise n_hinted or n_unhinted, give better passages, or take match='contains'"
-        elif self.outcomes["no_incorrect"] >= self.outcomes["failed"]:
-            remedy = "raise n_unhinted or the temperature, or add distractors with noise="
         else:
-            remedy = "see `report.failures`, and call build again"
+            remedy = "raise n_unhinted or the temperature, or add distractors with noise="
         return f"no question made a pair ({counts}): {remedy}."
 
     def to_dict(self) -> dict[str, Any]:

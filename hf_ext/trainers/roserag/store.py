@@ -6,18 +6,45 @@ names a digest of that. What is interrupted loses the lines that were not writte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def digest_of(content: Any) -> str:
     """Of anything that JSON can write."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Keep other builds out of a folder; a process that is killed leaves no lock.
+
+    Raises:
+        ValueError: another build is at work in it.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"cache_dir={str(folder)!r}: another build is at work there; build in one process alone."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class StageStore:
@@ -51,7 +78,9 @@ class StageStore:
                     # Cut off by an interruption, or the end.
                     file.truncate(place)
                     return
-                self._places[json.loads(line)["key"]] = place
+                with contextlib.suppress(json.JSONDecodeError):
+                    # A line that something else broke is done again.
+                    self._places[json.loads(line)["key"]] = place
 
     def __len__(self) -> int:
         return len(self._places)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOTrainer
 
+from hf_ext.pipelines.roserag.prompts import RagPrompts
 from hf_ext.registry import ROSERAG
 from hf_ext.trainers.output_layer import remember_forward, restore_forward
 from hf_ext.trainers.references import NoReference, complete_reference_adapter
@@ -43,6 +44,7 @@ class RoseRAGTrainer(DPOTrainer):
         train_dataset: what `RoseRAGDatasetBuilder` writes, or any preference data that `DPOTrainer` takes, with images too.
         eval_dataset: the same.
         ref_model: the reference, for losses that have one; by default the model before training.
+        prompts: the texts that the pairs were built with, saved beside the model, so that it is asked with the same.
         data_collator: replaces TRL's, and must return what it does, and `gamma` `(B,)` if `margin_column` is set.
         processing_class, peft_config, quantization_config, callbacks, optimizers: as for `DPOTrainer`.
 
@@ -82,6 +84,7 @@ class RoseRAGTrainer(DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Any = None,
+        prompts: RagPrompts | None = None,
     ) -> None:
         if args is None:
             args = RoseRAGConfig(default_folder(model, self._name))
@@ -93,7 +96,7 @@ class RoseRAGTrainer(DPOTrainer):
             raise ValueError(
                 f"precompute_ref_log_probs=True: loss_type={args.loss_type!r} has no reference; leave it out."
             )
-        self._gammas = args.margin_column
+        self._gammas, self.prompts = args.margin_column, prompts
         self._falling: list[float] = []
         before = restore_forward(model)
         ref_before = None if ref_model is None else restore_forward(ref_model)
@@ -115,10 +118,23 @@ class RoseRAGTrainer(DPOTrainer):
             remember_forward(ref_model, ref_before)
         if isinstance(self.ref_model, NoReference):
             self.ref_model = None
-        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            complete_reference_adapter(self.model)
+        self._complete_reference()
         if self._gammas and data_collator is None:
             self.data_collator = WithGamma(self.data_collator, self._gammas)
+
+    def _complete_reference(self) -> None:
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            complete_reference_adapter(self.model)
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        self._complete_reference()
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s, with `rag_config.json` if the trainer has `prompts`."""
+        super().save_model(output_dir, _internal_call)
+        if self.prompts is not None and self.is_world_process_zero():
+            self.prompts.save_pretrained(output_dir or str(self.args.output_dir))
 
     # -- data --------------------------------------------------------------------------------------------------------
 

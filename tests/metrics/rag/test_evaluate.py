@@ -50,12 +50,21 @@ def test_conditions_have_the_passages_they_name():
     assert Condition(gold=False).passages(question, wrong, 0) == []
     nothing = Condition(gold=False, distractors=3).passages(question, wrong, 0)
     assert len(nothing) == 3 and not any("Paris" in p["text"] for p in nothing)
+    assert Condition(gold=False, distractors=None).passages(question, wrong, 0) is not None
     lies = Condition(adversarial=2).passages(question, wrong, 0)
     assert len(lies) == 3 and sum("Paris" in p["text"] for p in lies) == 1
     assert all(contains_answer(p["text"], ["Paris", *wrong]) for p in lies)
     assert Condition(adversarial=2).passages(question, wrong, 0) == lies
     orders = {tuple(p["title"] for p in Condition(distractors=5).passages(question, wrong, seed)) for seed in range(9)}
     assert len(orders) > 1
+
+
+def test_conditions_that_differ_have_different_names():
+    values = [Condition(g, d, a) for g in (True, False) for d in (0, 1, 4, None) for a in (0, 1, 2)]
+    assert len({condition.name for condition in values}) == len(values)
+    assert Condition(gold=False).name == CLOSED_BOOK and Condition(gold=False, distractors=4).name == "no gold + 4"
+    with pytest.raises(ValueError, match=">= 0"):
+        Condition(distractors=-1)
 
 
 def test_an_answer_that_no_passage_has_cannot_be_replaced():
@@ -104,7 +113,9 @@ def test_reports_are_files_curves_and_comparisons(tmp_path):
     [
         ({"answers": []}, r"row 1 \(id 'Spain'\): answers=\[\] has no gold answer"),
         ({"answers": ["."]}, "has no gold answer"),
-        ({"answers": "Madrid"}, "is a text"),
+        ({"answers": "Madrid"}, "is no list"),
+        ({"answers": {"text": ["Madrid"], "answer_start": [0]}}, "is no list"),
+        ({"documents": {"title": ["x"], "text": ["y"]}}, "documents has columns"),
         ({"question": " "}, "question=' '"),
         ({"id": "France"}, r"row 1 \(id 'France'\): the id occurs twice"),
         ({"documents": [{"title": "x"}]}, "has no text"),
@@ -118,6 +129,8 @@ def test_bad_questions_are_named(change, named):
 
 
 def test_bad_evaluations():
+    with pytest.raises(ValueError, match="row 0 is 'train'; give rows"):
+        evaluate_rag(first_capital, {"train": rows()})
     with pytest.raises(ValueError, match="there are no questions"):
         evaluate_rag(first_capital, [])
     with pytest.raises(ValueError, match="no question has passages for it"):

@@ -62,6 +62,8 @@ def test_yes_and_no_are_looked_for_in_order(match):
     assert matcher("Yes, there is no doubt.", ["yes"])
     assert not matcher("No, yes would be wrong.", ["yes"])
     assert not matcher("perhaps", ["no"]) and not matcher("", ["no"])
+    # An alias that happens to be one of the words.
+    assert matcher("none", ["no", "none"]) and matcher("Dr No", ["Dr. No", "No"])
 
 
 def test_matchers():
@@ -74,5 +76,7 @@ def test_matchers():
 
 
 def test_refusals():
-    assert is_refusal("I don't know.") and is_refusal("") and is_refusal("Not enough information in the passages")
-    assert not is_refusal("Paris")
+    assert (
+        is_refusal("I don't know.") and is_refusal("Unknown") and is_refusal("Not enough information in the passages")
+    )
+    assert not is_refusal("Paris") and not is_refusal("Unknown Pleasures") and not is_refusal("")

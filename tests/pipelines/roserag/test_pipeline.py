@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, pipeline
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, pipeline
 
 import hf_ext  # noqa: F401 - registers the task
 from hf_ext.metrics.rag import Condition, evaluate_rag
@@ -115,6 +116,18 @@ def test_prompts_travel_with_the_model(tmp_path):
     assert reader().prompts == RagPrompts()
 
 
+def test_prompts_beside_an_adapter_are_found(tmp_path):
+    model, tokenizer = tiny_policy()
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    RagPrompts(marker="Antwort:").save_pretrained(tmp_path / "adapter")
+    # Of an adapter's folder, `pipeline` hands on the base model; the tokenizer is what is left of it.
+    folder = str(tmp_path / "adapter")
+    assert pipeline(TASK, model=folder, tokenizer=folder).prompts.marker == "Antwort:"
+
+
 def test_registering_twice_is_silent(caplog):
     register()
     assert caplog.text == ""
@@ -128,6 +141,7 @@ def test_registering_twice_is_silent(caplog):
         (lambda pipe: pipe({"documents": DOCUMENTS}), "question=None"),
         (lambda pipe: pipe("w1", [{"title": "x"}]), "passage 0 is"),
         (lambda pipe: pipe("w1", ["text"]), "passage 0 is 'text'"),
+        (lambda pipe: pipe("w1", DOCUMENTS, num_return_sequences=2), "num_return_sequences has no effect"),
         (lambda pipe: pipe(["w1"], DOCUMENTS), "give those of several questions with each"),
         (lambda pipe: pipe("w1", [{"text": "w2 " * 1100}]), "and the model reads 1024. Lower n_docs"),
     ],

@@ -32,6 +32,10 @@ def test_the_hint_is_in_its_own_prompt_alone():
         ("The Answer: is hard. So Answer: Rome", "The Answer: is hard. So", "Rome", ()),
         ("No idea", "No idea", "", ()),
         ("Answer:", "", "", ()),
+        ("See [1].\n**Answer:** Paris", "See [1].", "Paris", (1,)),
+        ("See [1].\n**Answer: Paris**\n", "See [1].", "Paris", (1,)),
+        ("See [1].\n__Answer__: Paris", "See [1].", "Paris", (1,)),
+        ("See [1].\nanswer: Paris", "See [1].", "Paris", (1,)),
         ("", "", "", ()),
     ],
 )
@@ -40,7 +44,31 @@ def test_reading(response, rationale, answer, numbers):
     assert (found.rationale, found.answer, found.cited) == (rationale, answer, numbers)
 
 
-text = st.text(st.characters(exclude_characters="\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029:"), min_size=1).filter(str.strip)
+@pytest.mark.parametrize(
+    ("response", "complete"),
+    [
+        ("It is.\nAnswer: Rome\n", True),
+        ("It is.\nAnswer: Rome", False),
+        ("The Answer: is hard.\n", False),
+        ("Answer:\n", False),
+        ("**Answer:** Rome\nMore", True),
+    ],
+)
+def test_when_a_response_has_ended(response, complete):
+    assert RagPrompts().is_complete(response) == complete
+
+
+def test_the_marker_is_asked_for():
+    prompts = RagPrompts(marker="Antwort:")
+    turns = prompts.conclusion("Where?", DOCUMENTS, "Because.")
+    assert "'Antwort:'" in turns[1]["content"] and "'Antwort:'" in turns[3]["content"]
+    # A model without turns is to answer now, and not to reason again.
+    assert render(word_tokenizer(None), turns, prompts).endswith("\nAntwort:")
+
+
+text = st.text(st.characters(exclude_characters="*_\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029:"), min_size=1).filter(
+    str.strip
+)
 
 
 @given(text, text)
@@ -60,6 +88,9 @@ def test_files(tmp_path):
     assert RagPrompts.from_file(tmp_path / "rag_config.json") == prompts
     (tmp_path / "rag_config.json").write_text('{"colour": "red"}')
     with pytest.raises(ValueError, match="colour"):
+        RagPrompts.from_file(tmp_path / "rag_config.json")
+    (tmp_path / "rag_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no object"):
         RagPrompts.from_file(tmp_path / "rag_config.json")
 
 

@@ -40,7 +40,7 @@ class ScriptedBackend:
                 found.append(BackendError("scripted to fail"))
                 continue
             self.written += len(own)
-            if messages[-1]["content"] == prompts.conclude:
+            if messages[-1]["content"] == prompts.last_question:
                 found.append([f"Answer: {messages[-2]['content'].split()[1]}" for _ in own])
             elif "is known to be" in text:
                 gold = text.partition("is known to be: ")[2].split("\\n")[0]

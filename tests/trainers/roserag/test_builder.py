@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from hf_ext.metrics.rag import AnswerMatcher, Condition
 from hf_ext.trainers.roserag import RoseRAGDatasetBuilder
 from hf_ext.trainers.roserag.selection import select
-from hf_ext.trainers.roserag.store import StageStore
+from hf_ext.trainers.roserag.store import StageStore, locked
 from tests.trainers.roserag.helpers import ScriptedBackend, question_rows
 
 
@@ -79,6 +79,45 @@ def test_settings_change_what_they_name():
     assert all(c["source"] == "unhinted" for row in unhinted for c in row["candidates"])
     summed = built(selection_score="sum")[1]
     assert {row["chosen_score"] for row in summed} <= {c["sum"] for row in summed for c in row["candidates"]}
+
+
+def test_conditions_without_passages_are_counted():
+    builder, data = built(noise=[Condition(), Condition(distractors=9)])
+    assert len(data) == 4 == builder.report.outcomes["no_condition"]
+    with pytest.raises(ValueError, match="give questions with more passages"):
+        built(noise=[Condition(distractors=9)])
+
+
+def test_responses_without_an_answer_or_reasoning_are_no_candidates():
+    class Bare(ScriptedBackend):
+        def write(self, conversations, seeds, sampling, prompts):
+            found = super().write(conversations, seeds, sampling, prompts)
+            return [
+                [
+                    text.replace("Answer: Bern", "and so") if seed % 4 else text
+                    for text, seed in zip(texts, own, strict=True)
+                ]
+                for texts, own in zip(found, seeds, strict=True)
+            ]
+
+    builder, data = built(backend=Bare())
+    assert builder.report.candidates["unhinted"]["unanswered"] > 0
+    assert all(c["answer"] and c["text"].partition("\n")[0] for row in data for c in row["candidates"])
+
+
+def test_one_build_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="another build is at work there"):
+        built(cache_dir=tmp_path)
+    assert len(built(cache_dir=tmp_path)[1]) == 4
+
+
+def test_other_weights_are_another_writer(tmp_path):
+    backend = ScriptedBackend()
+    builder = RoseRAGDatasetBuilder(backend, cache_dir=tmp_path)
+    builder.build(question_rows())
+    backend.identity = "scripted@2"
+    builder.build(question_rows())
+    assert backend.written == 2 * 4 * 24 and builder.report.settings["writer"] == "scripted@2"
 
 
 def test_noise_makes_a_row_per_condition():
@@ -187,6 +226,9 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     again = StageStore(tmp_path, "stage", {"a": 1})
     assert (len(again), again.get("two"), again.get("three")) == (2, "ü\n", None)
     again.add([("three", 3)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"broken\n" + b"".join(lines[1:]))
+    assert StageStore(tmp_path, "stage", {"a": 1}).get("two") == "ü\n"
     assert StageStore(tmp_path, "stage", {"a": 1}).get("three") == 3
     assert StageStore(tmp_path, "stage", {"a": 2}).get("one") is None
 
@@ -208,11 +250,11 @@ def test_refusals_are_wrong_only_where_the_passages_tell():
 
 def test_another_scorer_is_told(caplog):
     class Other(ScriptedBackend):
-        identity = "other@2"
+        identity = "other@1"
 
     with caplog.at_level(logging.WARNING):
         RoseRAGDatasetBuilder(ScriptedBackend(), Other())
-    assert "written by scripted@1 and scored by other@2" in caplog.text
+    assert "written by scripted@1 and scored by other@1" in caplog.text
 
 
 class WriterAlone:
@@ -228,6 +270,9 @@ class WriterAlone:
         ({"n_docs": 0}, "n_docs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"selection": "best"}, "selection='best'"),
+        ({"noise": []}, "at least one condition"),
+        ({"noise": [Condition(), Condition()]}, "each once"),
+        ({"noise": [Condition()], "retriever": Shelf()}, "a retriever would not be asked"),
         ({"selection_score": "max"}, "selection_score='max'"),
         ({"writer": WriterAlone()}, "WriterAlone cannot score"),
     ],
@@ -240,6 +285,8 @@ def test_bad_settings(options, named):
 def test_bad_questions():
     with pytest.raises(ValueError, match="question 'q0' has no documents"):
         built([{**question_rows()[0], "documents": []}])
+    with pytest.raises(ValueError, match="row 0 is 'train'"):
+        built({"train": Dataset.from_list(question_rows())})
     with pytest.raises(ValueError, match="has no gold answer"):
         built([{**question_rows()[0], "answers": []}])
     with pytest.raises(ValueError, match="noise= needs documents with is_gold"):

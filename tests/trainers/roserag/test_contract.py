@@ -14,6 +14,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DataCollatorForVisionPreference
 
 from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGTrainer
+from hf_ext.trainers.roserag.loss import NATIVE_LOSSES
 from tests.trainers.distributed import run_two_processes
 from tests.trainers.flat.test_vision import make_model, make_pictures, make_processor
 from tests.trainers.helpers import lora, make_tokenizer, quantised_llama
@@ -124,6 +125,7 @@ def test_what_is_private_of_trl_is_where_it_was():
     for name in ("self.loss_types, self.loss_weights", "if self.precompute_ref_logps:", 'inputs["ref_chosen_logps"]'):
         assert name in source, name
     assert list(inspect.signature(DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
+    assert all(f"'{name}'" in source for name in NATIVE_LOSSES)
     # They make the batch from nothing, so a margin has to be added afterwards.
     for collator in (DataCollatorForPreference, DataCollatorForVisionPreference):
         assert "margin" not in inspect.getsource(collator.torch_call)

@@ -133,7 +133,8 @@ def test_a_loss_of_ones_own():
     register_preference_loss("push_down", loss)
     try:
         assert PREFERENCE_LOSSES["push_down"] is loss
-        with pytest.raises(ValueError, match="name='push_down'"):
-            register_preference_loss("push_down", loss)
+        for name in ("push_down", "sigmoid"):
+            with pytest.raises(ValueError, match=f"name='{name}'"):
+                register_preference_loss(name, loss)
     finally:
         del PREFERENCE_LOSSES["push_down"]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext import RoseLoraConfig
+from hf_ext.pipelines.roserag import RagPrompts
 from hf_ext.trainers.roserag import PreferenceLoss, RoseRAGConfig, RoseRAGTrainer, register_preference_loss
 from hf_ext.trainers.roserag.loss import PREFERENCE_LOSSES
 from tests.oracles import ORACLES
@@ -149,7 +150,7 @@ def test_one_margin_for_all_is_the_margin(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    trainer = trained(tmp_path, max_steps=30, learning_rate=3e-3)
+    trainer = trained(tmp_path, max_steps=60, learning_rate=3e-3)
     assert logged(trainer, "margins/token")[-1] > logged(trainer, "margins/token")[0] + 0.3
     assert logged(trainer, "loss")[-1] < 0.5 * logged(trainer, "loss")[0]
 
@@ -189,8 +190,9 @@ TUNERS = {
 }
 
 
+@pytest.mark.parametrize("precompute", [False, True])
 @pytest.mark.parametrize("name", TUNERS)
-def test_the_reference_of_a_trained_adapter_is_that_adapter(tmp_path, name):
+def test_the_reference_of_a_trained_adapter_is_that_adapter(tmp_path, name, precompute):
     model, _ = tiny_policy()
     adapted = get_peft_model(model, copy.deepcopy(TUNERS[name]))
     torch.manual_seed(3)
@@ -198,7 +200,14 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(tmp_path, name):
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    trainer = trained(tmp_path, model=adapted, loss_type=["margin_dpo"], nll_weight=0.0, max_steps=1)
+    trainer = trained(
+        tmp_path,
+        model=adapted,
+        loss_type=["margin_dpo"],
+        nll_weight=0.0,
+        max_steps=1,
+        precompute_ref_log_probs=precompute,
+    )
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -288,6 +297,8 @@ def test_one_trainer_after_another_does_not_stack(tmp_path):
         ({"nll_weight": -0.5}, "nll_weight=-0.5"),
         ({"nll_weight": 1.0, "nll_normalization": "none"}, "has no effect with nll_normalization='none'"),
         ({"ld_alpha": 0.5}, "would ignore them"),
+        ({"label_smoothing": 0.1}, "label_smoothing has no effect"),
+        ({"sync_ref_model": True}, "has no reference"),
         ({"use_weighting": True}, "would ignore them"),
     ],
 )
@@ -314,6 +325,23 @@ def test_bad_arguments(tmp_path):
         trained(tmp_path, max_length=4, train=False)
     with pytest.raises(ValueError, match="lm_head"):
         trained(tmp_path, peft_config=LoraConfig(target_modules=["lm_head"]), train=False)
+
+
+def test_responses_that_will_be_cut_are_counted(tmp_path, caplog):
+    lengths = trained(tmp_path, train=False).train_dataset
+    limit = max(len(ids) for ids in lengths["prompt_ids"]) + 2
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, max_length=limit, train=False)
+    assert f"of 8 of 8 rows are longer than max_length={limit} and are cut" in caplog.text
+
+
+def test_prompts_are_saved_with_the_model(tmp_path):
+    model, tokenizer = tiny_policy()
+    args = RoseRAGConfig(str(tmp_path), **{**PLAIN, "save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+    prompts = RagPrompts(marker="Antwort:")
+    data = Dataset.from_list(preference_rows())
+    RoseRAGTrainer(model, args, data, processing_class=tokenizer, prompts=prompts).train()
+    assert RagPrompts.from_file(tmp_path / "checkpoint-1" / "rag_config.json") == prompts
 
 
 def test_rows_that_do_not_fit_are_counted(tmp_path, caplog):
