@@ -123,13 +123,13 @@ class RoseRAGDatasetBuilder:
                     f"{type(writer).__name__} cannot score: give scorer=TransformersBackend(model, tokenizer) with the model that will be trained."
                 )
             scorer = writer
-        if _name(scorer.identity) != _name(writer.identity):
-            logger.warning(
-                "responses are written by %s and scored by %s: score with the model that will be trained.",
-                writer.identity,
-                scorer.identity,
-            )
         self.writer, self.scorer, self.retriever = writer, scorer, retriever
+        self._identities = self._identify()
+        if _name(self._identities["scorer"]) != _name(self._identities["writer"]):
+            logger.warning(
+                "responses are written by %(writer)s and scored by %(scorer)s: score with the model that will be trained.",
+                self._identities,
+            )
         self.prompts, self.matcher = prompts or RagPrompts(), matcher or AnswerMatcher()
         self.n_hinted, self.n_unhinted, self.n_docs, self.noise = n_hinted, n_unhinted, n_docs, noise
         self.use_unhinted_correct, self.selection, self.selection_score = (
@@ -141,9 +141,12 @@ class RoseRAGDatasetBuilder:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.report = BuildReport()
         self._wrong_answers: list[tuple[str, str]] = []
-        self._identities = {"writer": writer.identity, "scorer": scorer.identity}
 
     # -- settings ----------------------------------------------------------------------------------------------------
+
+    def _identify(self) -> dict[str, str]:
+        writer = self.writer.identity
+        return {"writer": writer, "scorer": writer if self.scorer is self.writer else self.scorer.identity}
 
     def _written_settings(self) -> dict[str, Any]:
         return {
@@ -193,7 +196,7 @@ class RoseRAGDatasetBuilder:
         count = self._check(rows)
         self._started = time.perf_counter()
         # The weights may have changed since the last build.
-        self._identities = {"writer": self.writer.identity, "scorer": self.scorer.identity}
+        self._identities = self._identify()
         self.report = BuildReport(settings=self.settings())
         pairs = self._pairs(tqdm(self._rows(rows), total=count, desc="Building pairs", unit="question"))
         with locked(self.cache_dir):
