@@ -36,7 +36,7 @@ class Instant:
     def prompt(self, messages: Any, prompts: Any) -> Any:
         return messages
 
-    def score(self, prompt: Any, responses: Any) -> list[list[float]]:
+    def score(self, prompt: Any, responses: Any, prompts: Any) -> list[list[float]]:
         return [[-(seed_of(text, n) % 1000) / 100 for n in range(50)] for text in responses]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class RagPrompts:
         conclude: the turn after the reasoning.
         marker: stands before the answer in a response; `{marker}` in a text stands for it.
         plain: layout for models without a chat template, with `{prompt}`.
+        chat_template_kwargs: for the chat template, such as `{"enable_thinking": False}`: in writing, scoring, training and use.
 
     Raises:
         ValueError: a text without the fields it needs.
@@ -66,6 +67,7 @@ class RagPrompts:
     )
     marker: str = "Answer:"
     plain: str = "{prompt}\n\nReasoning:"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         needed = {
@@ -76,7 +78,7 @@ class RagPrompts:
         }
         for name, names in needed.items():
             text = self.__dict__[name]
-            missing = [field for field in names if "{" + field + "}" not in text]
+            missing = [wanted for wanted in names if "{" + wanted + "}" not in text]
             if missing:
                 raise ValueError(f"{name}={text!r:.80} lacks {{{missing[0]}}}.")
         if not self.marker.strip():
@@ -163,10 +165,13 @@ class RagPrompts:
             ValueError: it has fields that are none of this class's, or values that are no texts.
         """
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         if not isinstance(content, dict):
             raise ValueError(f"{path}: {str(content)[:40]!r} is no object.")
-        if not content.keys() <= known or not all(isinstance(value, str) for value in content.values()):
+        right = all(
+            isinstance(value, dict if name == "chat_template_kwargs" else str) for name, value in content.items()
+        )
+        if not content.keys() <= known or not right:
             raise ValueError(f"{path}: fields {sorted(content.keys() - known)} are unknown, or a value is no text.")
         return cls(**content)
 
@@ -193,7 +198,12 @@ def render(tokenizer: Any, messages: Messages, prompts: RagPrompts) -> str:
         if messages[-1]["content"] == prompts.last_question:
             return f"{turns}\n{prompts.marker}"
         return _fill(prompts.plain, prompt=turns)
-    return tokenizer.apply_chat_template(for_template(tokenizer, messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        for_template(tokenizer, messages),
+        tokenize=False,
+        add_generation_prompt=True,
+        **prompts.chat_template_kwargs,
+    )
 
 
 def for_template(tokenizer: Any, messages: Messages) -> Messages:

@@ -68,7 +68,9 @@ class Scorer(Protocol):
         """The prompt as it goes into the dataset: a conversation, or a text for models without a chat template."""
         ...
 
-    def score(self, prompt: Messages | str, responses: Sequence[str]) -> list[list[float]] | BackendError:
+    def score(
+        self, prompt: Messages | str, responses: Sequence[str], prompts: RagPrompts
+    ) -> list[list[float]] | BackendError:
         """Log-probabilities of the tokens of every response."""
         ...
 
@@ -196,8 +198,10 @@ class TransformersBackend:
         return for_template(self.tokenizer, messages)
 
     @torch.no_grad()
-    def score(self, prompt: Messages | str, responses: Sequence[str]) -> list[list[float]] | BackendError:
-        pairs = [self._tokens(prompt, response) for response in responses]
+    def score(
+        self, prompt: Messages | str, responses: Sequence[str], prompts: RagPrompts
+    ) -> list[list[float]] | BackendError:
+        pairs = [self._tokens(prompt, response, prompts) for response in responses]
         longest, room = max(len(before) + len(after) for before, after in pairs), room_of(self.model)
         if room is not None and longest > room:
             return TooLong(f"{longest} tokens of prompt and response, and the model reads {room}")
@@ -209,17 +213,16 @@ class TransformersBackend:
             return BackendError("a log-probability is not finite: check the model, or load it in another dtype")
         return found
 
-    def _tokens(self, prompt: Messages | str, response: str) -> tuple[list[int], list[int]]:
+    def _tokens(self, prompt: Messages | str, response: str, prompts: RagPrompts) -> tuple[list[int], list[int]]:
         """(prompt, response with its end), tokenised as `DPOTrainer` does."""
         if isinstance(prompt, str):
             before = self._encode(prompt)
             whole = self._encode(prompt + response + (self.tokenizer.eos_token or ""))
         else:
             conversation: Any = [*prompt, {"role": "assistant", "content": response}]
-            before = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            whole = self.tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
+            options = {"return_dict": True, **prompts.chat_template_kwargs}
+            before = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
+            whole = self.tokenizer.apply_chat_template(conversation, **options)["input_ids"]
         shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         return whole[:shared], whole[shared:]
 
@@ -383,7 +386,9 @@ class EndpointBackend:
 
         def ask(request: tuple[int, Messages, int]) -> str | BackendError:
             try:
-                return self._retries.call(lambda: self._ask(request[1], request[2], sampling), _seconds_to_wait)
+                return self._retries.call(
+                    lambda: self._ask(request[1], request[2], sampling, prompts), _seconds_to_wait
+                )
             except BackendError as error:
                 return error
 
@@ -391,7 +396,7 @@ class EndpointBackend:
             answers = list(executor.map(ask, requests))
         return _grouped(len(conversations), [number for number, _, _ in requests], answers)
 
-    def _ask(self, messages: Messages, seed: int, sampling: Sampling) -> str:
+    def _ask(self, messages: Messages, seed: int, sampling: Sampling, prompts: RagPrompts) -> str:
         reply = self._client.chat_completion(
             messages if self._tokenizer is None else for_template(self._tokenizer, messages),
             model=self._model,
@@ -399,6 +404,9 @@ class EndpointBackend:
             seed=seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            extra_body={"chat_template_kwargs": prompts.chat_template_kwargs}
+            if prompts.chat_template_kwargs
+            else None,
         )
         try:
             text = reply.choices[0].message.content
@@ -440,6 +448,7 @@ class VLLMBackend:
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_new_tokens,
                     generation_kwargs={"seed": request[2]},
+                    chat_template_kwargs=prompts.chat_template_kwargs,
                 )
             except Exception as error:  # the client retries itself, and raises nothing more exact
                 return BackendError(f"{type(error).__name__}: {str(error)[:200]}")

@@ -250,6 +250,9 @@ class RoseRAGDatasetBuilder:
 
     def _dataset(self, pairs: list[dict[str, Any]]) -> Dataset:
         features = self._features(not isinstance(pairs[0]["prompt"], str))
+        if self.prompts.chat_template_kwargs:
+            options = Dataset.from_list([{"chat_template_kwargs": self.prompts.chat_template_kwargs}])
+            features = Features({**options.features, **features})
         return Dataset.from_list(pairs, features=features)
 
     def _in_memory(self, pairs: Iterator[dict[str, Any]]) -> Dataset:
@@ -457,10 +460,11 @@ class RoseRAGDatasetBuilder:
         # After a prompt that is a text, a response is a continuation.
         before = " " if isinstance(prompt, str) else ""
         texts = [before + candidate["text"] for candidate in candidates]
-        key = digest_of([prompt, texts])
+        options = self.prompts.chat_template_kwargs
+        key = digest_of([prompt, texts, options])
         scores = store.get(key)
         if scores is None:
-            logps = self.scorer.score(prompt, texts)
+            logps = self.scorer.score(prompt, texts, self.prompts)
             if isinstance(logps, BackendError):
                 return logps
             scores = [[score(values, "sum"), len(values)] for values in logps]
@@ -475,6 +479,8 @@ class RoseRAGDatasetBuilder:
             return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
         return {
+            # Of which TRL knows.
+            **({"chat_template_kwargs": options} if options else {}),
             "prompt": prompt,
             "chosen": side(pair.chosen),
             "rejected": side(pair.rejected),

@@ -17,7 +17,13 @@ ANSWERS = ["Paris", "Rome", "Oslo", "Lima"]
 
 def word_tokenizer(template: str | None = CHAT) -> PreTrainedTokenizerFast:
     """Words, punctuation and white space of our prompts and some answers, and 99 numbered words."""
-    texts = " ".join([*RagPrompts().__dict__.values(), *ANSWERS, "Reason because <user> <system> <assistant> 0 1 3"])
+    texts = " ".join(
+        [
+            *(t for t in RagPrompts().__dict__.values() if isinstance(t, str)),
+            *ANSWERS,
+            "Reason because <user> <system> <assistant> 0 1 3",
+        ]
+    )
     splitter = pre_tokenizers.Split(Regex(r"\s|\w+|[^\w\s]"), "isolated")
     words = [piece for piece, _ in splitter.pre_tokenize_str(texts)]
     vocabulary = [*SPECIALS.values(), "\n", *words, *(f"w{n}" for n in range(99))]

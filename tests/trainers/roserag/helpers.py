@@ -53,7 +53,7 @@ class ScriptedBackend:
     def prompt(self, messages, prompts):
         return messages
 
-    def score(self, prompt, responses):
+    def score(self, prompt, responses, prompts):
         self.scored += len(responses)
         return [[-(seed_of(text, n) % 1000) / 100 for n in range(1 + len(text) % 5)] for text in responses]
 

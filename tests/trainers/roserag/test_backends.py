@@ -20,7 +20,7 @@ from hf_ext.trainers.roserag import EndpointBackend, RoseRAGDatasetBuilder, Tran
 from hf_ext.trainers.roserag.backends import BackendError, Retries, TooLong
 from hf_ext.trainers.roserag.sampling import DrawByRow, Sampling, seed_of
 from tests.pipelines.roserag.helpers import CHAT, NO_SYSTEM, word_tokenizer
-from tests.trainers.roserag.helpers import ScriptedBackend, question_rows, tiny_policy
+from tests.trainers.roserag.helpers import ScriptedBackend, preference_rows, question_rows, tiny_policy
 from tests.trainers.roserag.server import ChatServer, message
 from tests.trainers.roserag.test_trainer import trained
 
@@ -113,7 +113,7 @@ def test_models_whose_cache_cannot_be_copied_write_too():
     found = backend.write(conversations(2), [[1, 2], [3, 4]], SHORT, PROMPTS)
     assert [len(texts) for texts in found] == [2, 2]
     prompt = conversations(1)[0]
-    assert len(backend.score(prompt, ["w1 w2", "w3"])) == 2
+    assert len(backend.score(prompt, ["w1 w2", "w3"], PROMPTS)) == 2
 
 
 @pytest.mark.parametrize("template", [CHAT, None])
@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_trainer(tmp_path, template, batch_size):
     prompt = backend.prompt(messages, PROMPTS)
     texts = ["Reason w1.\nAnswer: Paris", "Answer: Rome", "w3 w3 w3 w3"]
     before = " " if template is None else ""
-    found = backend.score(prompt, [before + text for text in texts])
+    found = backend.score(prompt, [before + text for text in texts], PROMPTS)
     sides = [before + text if template is None else [{"role": "assistant", "content": text}] for text in texts]
     rows = [{"prompt": prompt, "chosen": sides[0], "rejected": side} for side in sides[1:]]
     trainer = trained(
@@ -137,11 +137,37 @@ def test_scores_are_those_of_the_trainer(tmp_path, template, batch_size):
     assert sum(found[1]) == pytest.approx(recorded["eval_logps/rejected"], rel=1e-5)
 
 
+THINKS = CHAT.replace("<assistant> {%", "<assistant> {% if quiet %}w98 {% endif %}{%").replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' and quiet %}w98 {% endif %}{{ m.content }}"
+)
+
+
+def test_options_of_the_chat_template_are_those_everywhere(tmp_path):
+    quiet = RagPrompts(chat_template_kwargs={"quiet": True})
+    model, tokenizer = tiny_policy(template=THINKS)
+    backend = TransformersBackend(model, tokenizer)
+    assert backend.write(conversations(), [[0]] * 3, SHORT, quiet) != backend.write(
+        conversations(), [[0]] * 3, SHORT, PROMPTS
+    )
+    scores = [backend.score(conversations(1)[0], ["w1 w2"], prompts) for prompts in (quiet, PROMPTS)]
+    assert scores[0] != scores[1]
+    data = RoseRAGDatasetBuilder(ScriptedBackend(), prompts=quiet).build(question_rows(), tmp_path / "pairs")
+    assert data[0]["chat_template_kwargs"] == {"quiet": True}
+    rows = [{**row, "chat_template_kwargs": {"quiet": True}} for row in preference_rows(4)]
+    trainer = trained(tmp_path, model=model, tokenizer=tokenizer, rows=rows, train=False)
+    assert "w98" in tokenizer.decode(trainer.train_dataset[0]["prompt_ids"])
+    quiet.save_pretrained(tmp_path)
+    assert RagPrompts.from_file(tmp_path / "rag_config.json") == quiet
+    with ChatServer(lambda request, before: message("w1")) as server:
+        EndpointBackend(server.url, "m").write(conversations(1), [[1]], SHORT, quiet)
+    assert server.requests[0]["chat_template_kwargs"] == {"quiet": True}
+
+
 def test_scoring_leaves_the_model_as_it_was():
     model, tokenizer = tiny_policy()
     model.train()
     backend = TransformersBackend(model, tokenizer)
-    backend.score(conversations(1)[0], ["w1"])
+    backend.score(conversations(1)[0], ["w1"], PROMPTS)
     assert "forward" not in vars(model) and model.training
 
 
@@ -160,9 +186,9 @@ def test_the_identity_is_that_of_the_model_as_it_is():
 def test_scoring_while_a_trainer_has_the_model(tmp_path):
     model, tokenizer = tiny_policy()
     trainer = trained(tmp_path, model=model, tokenizer=tokenizer, train=False)
-    found = TransformersBackend(model, tokenizer).score(conversations(1)[0], ["w1 w2"])
+    found = TransformersBackend(model, tokenizer).score(conversations(1)[0], ["w1 w2"], PROMPTS)
     trainer.train()
-    assert found == TransformersBackend(*tiny_policy()).score(conversations(1)[0], ["w1 w2"])
+    assert found == TransformersBackend(*tiny_policy()).score(conversations(1)[0], ["w1 w2"], PROMPTS)
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -199,7 +225,7 @@ def test_scores_that_are_no_numbers_are_told():
     model, tokenizer = tiny_policy()
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    assert isinstance(TransformersBackend(model, tokenizer).score(conversations(1)[0], ["w1"]), BackendError)
+    assert isinstance(TransformersBackend(model, tokenizer).score(conversations(1)[0], ["w1"], PROMPTS), BackendError)
 
 
 def test_what_does_not_fit_is_told():
@@ -207,7 +233,7 @@ def test_what_does_not_fit_is_told():
     long = [{"role": "user", "content": "w1 " * 1020}]
     short, found = backend.write([conversations(1)[0], long], [[1], [2]], SHORT, PROMPTS)
     assert isinstance(short, list) and isinstance(found, TooLong)
-    assert isinstance(backend.score(long, ["w1 " * 20]), TooLong)
+    assert isinstance(backend.score(long, ["w1 " * 20], PROMPTS), TooLong)
     rows = question_rows()
     rows[0]["documents"].append({"title": "long", "text": "w1 " * 1020})
     builder = RoseRAGDatasetBuilder(backend, sampling=SHORT, n_hinted=1, n_unhinted=1)
