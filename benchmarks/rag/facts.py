@@ -29,6 +29,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.common import add_stored, markdown, stored_runs, write
+from benchmarks.continual.world import QUIET
 from hf_ext.pipelines.roserag.prompts import RagPrompts, render
 from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, TransformersBackend
 from hf_ext.trainers.roserag.sampling import Sampling
@@ -57,15 +58,6 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
     "DPO, hardest pairs": ({"loss_type": ["margin_dpo"], "nll_weight": 0.0, "beta": 0.1}, "hardest"),
     "DPO, random pairs": ({"loss_type": ["margin_dpo"], "nll_weight": 0.0, "beta": 0.1}, "random"),
     "DPO with likelihood, hardest pairs": ({"loss_type": ["margin_dpo"], "beta": 0.1}, "hardest"),
-}
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_strategy": "no",
 }
 
 

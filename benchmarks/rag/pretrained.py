@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import RESULTS, markdown, stored_runs, write
-from benchmarks.rag.facts import QUIET, pairs_by
+from benchmarks.continual.world import QUIET
+from benchmarks.rag.facts import pairs_by
 from benchmarks.rag.world import corpus, questions
 from hf_ext.demo.model import cache_folder, embedded_model
 from hf_ext.metrics.rag import Condition, RagReport, evaluate_rag
