@@ -15,7 +15,6 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from trl.trainer import add_fused_lm_head
 
 # Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
 _BEFORE = "_forward_before_training"
@@ -84,6 +83,8 @@ def drop_copied_patches(model: Any) -> None:
 @contextlib.contextmanager
 def fused_head(base: PreTrainedModel) -> Iterator[None]:
     """Give a model TRL's fused head for a while, and then the forward it had, that of a trainer included."""
+    from trl.trainer import add_fused_lm_head  # model cards read `base_of`, and need no trainer
+
     names = ("forward", _BEFORE)
     kept = {name: vars(base)[name] for name in names if name in vars(base)}
     add_fused_lm_head(base, outputs=("log_probs",))
