@@ -162,7 +162,7 @@ class ModelRunner:
         # which may sample or penalise repetition.
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            min_length=0,
+            min_new_tokens=0,
             do_sample=False,
             num_beams=1,
             temperature=1.0,

@@ -124,6 +124,8 @@ class RagPipeline(TextGenerationPipeline):
         given = generate_kwargs.pop("stopping_criteria", None) or []
         if "generation_config" not in generate_kwargs:
             generate_kwargs.setdefault("do_sample", False)
+            # A trainer leaves `use_cache=False` in the configuration of its model.
+            generate_kwargs.setdefault("use_cache", True)
         return super()._forward(
             model_inputs, stopping_criteria=StoppingCriteriaList([*given, complete]), **generate_kwargs
         )

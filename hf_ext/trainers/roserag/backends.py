@@ -156,8 +156,8 @@ class TransformersBackend:
             "generation_config": GenerationConfig(
                 do_sample=False,
                 max_new_tokens=sampling.max_new_tokens,
-                min_length=0,
                 min_new_tokens=0,
+                use_cache=True,  # a trainer leaves `use_cache=False` in the configuration of its model
                 num_beams=1,
                 num_return_sequences=1,
                 repetition_penalty=1.0,

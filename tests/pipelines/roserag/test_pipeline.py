@@ -77,6 +77,16 @@ def test_sampling_is_asked_for():
     assert len(drawn) > 1
 
 
+def test_a_model_that_was_trained_writes_with_its_cache():
+    pipe, widths = reader(), []
+    pipe.model.config.use_cache = False
+    pipe.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    pipe("What is old?", DOCUMENTS, **saying(pipe, "Reason because\nAnswer: Rome\n"))
+    assert len(widths) > 2 and set(widths[1:]) == {1}
+
+
 class Shelf:
     def __init__(self):
         self.asked = []

@@ -215,6 +215,19 @@ def test_generation_settings_of_a_checkpoint_do_not_mix_in():
     assert TransformersBackend(model, tokenizer).write(conversations(), [[1]] * 3, SHORT, PROMPTS) == plain
 
 
+def test_a_model_that_was_trained_writes_with_its_cache(recwarn):
+    """Trainers leave `use_cache=False` behind, with which every token would read the whole text again."""
+    model, tokenizer = tiny_policy()
+    model.config.use_cache = False
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    TransformersBackend(model, tokenizer).write(conversations(2), [[1], [2]], SHORT, PROMPTS)
+    assert len(widths) > 4 and set(widths[2:]) == {1}
+    assert not recwarn.list
+
+
 def test_an_adapter_on_the_output_layer_is_refused():
     model, tokenizer = tiny_policy()
     with pytest.raises(ValueError, match="remove 'lm_head'"):
