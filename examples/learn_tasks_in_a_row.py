@@ -65,7 +65,7 @@ def main() -> None:
     )
     protected = AdaptiveSVDTrainer(
         AutoModelForCausalLM.from_pretrained(model),
-        AdaptiveSVDConfig(str(options.output / "protected"), first_task_retention=0.8, rank_rule="energy", **settings),
+        AdaptiveSVDConfig(str(options.output / "protected"), first_task_retention=0.8, **settings),
         tasks,
         processing_class=tokenizer,
     )

@@ -37,9 +37,9 @@ TEXTS, TEXT_TOKENS = 12, 256
 PROTECTED = {"first_task_retention": 0.8}
 METHODS: dict[str, dict[str, Any] | None] = {
     "fine-tuning": None,
-    "adaptive SVD, energy 99 %": {"rank_rule": "energy", **PROTECTED},
+    "adaptive SVD, energy 99 %": PROTECTED,
     "adaptive SVD, 80 % of every layer": {"rank_rule": "uniform", "target_retention": 0.8, **PROTECTED},
-    "adaptive SVD": PROTECTED,
+    "adaptive SVD, the paper's ranks": {"rank_rule": "adaptive", **PROTECTED},
 }
 RATES = (3e-5, 1e-5)
 

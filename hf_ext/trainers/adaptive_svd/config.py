@@ -10,7 +10,15 @@ from trl import SFTConfig
 
 from hf_ext.trainers.adaptive_svd.importance import SCORES
 
-RANK_RULES = ("adaptive", "uniform", "energy")
+RANK_RULES = ("energy", "adaptive", "uniform")
+# Settings that only some of the rules read.
+_READ_BY = {
+    "retained_energy": ("energy",),
+    "importance_rows": ("energy", "adaptive"),
+    "importance_score": ("adaptive",),
+    "minimum_retention": ("adaptive",),
+    "target_retention": ("adaptive", "uniform"),
+}
 PROJECTIONS = ("double", "joint")
 EIGHT_BIT = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT)
 _ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, *EIGHT_BIT)
@@ -27,20 +35,22 @@ class AdaptiveSVDConfig(SFTConfig):
         target_modules (`list[str]` or `str`, *optional*):
             Linear layers that are protected: names or their ends, or a regular expression for whole names. `None` takes all
             linear layers of the transformer blocks.
-        rank_rule (`str`, *optional*, defaults to `"adaptive"`):
-            How many singular directions of each weight are protected. `"adaptive"`: the paper's, more where the previous
-            task's inputs pass with little change. `"uniform"`: the share `target_retention` of all. `"energy"`: as many as
-            put out the share `retained_energy` of what the layer puts out on the previous task.
+        rank_rule (`str`, *optional*, defaults to `"energy"`):
+            How many singular directions of each weight are protected. `"energy"`: as many as put out the share
+            `retained_energy` of what the layer puts out on the previous task. `"adaptive"`: the paper's, more where the
+            previous task's inputs pass with little change. `"uniform"`: the share `target_retention` of all. Settings that
+            the rule does not read are refused.
+        retained_energy (`float`, *optional*, defaults to `0.99`):
+            Share of the output that is protected, in (0, 1]; for `"energy"`.
         target_retention (`float`, *optional*, defaults to `0.8`):
-            Share of protected directions, over all layers on average, in [0, 1]. The paper's.
+            Share of protected directions, over all layers on average, in [0, 1]; for `"adaptive"` and `"uniform"`. The paper's.
         minimum_retention (`float`, *optional*, defaults to `0.1`):
             Share where the importance is 0, in [0, `target_retention`]; for `"adaptive"`. The paper's.
-        retained_energy (`float`, *optional*, defaults to `0.99`):
-            For `"energy"`, in (0, 1].
         importance_score (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"`, `"positive"` or the paper's `"signed"` cosine; signed ones are near 0 in many trained models.
+            `"absolute"`, `"positive"` or the paper's `"signed"` cosine, for `"adaptive"`; signed ones are near 0 in many
+            trained models.
         importance_rows (`int`, *optional*, defaults to `128`):
-            Rows of the previous task, from its start, on which importance or energy is measured, >= 1.
+            Rows of the previous task, from its start, on which energy or importance is measured, >= 1.
         first_task_retention (`float`, *optional*, defaults to `0.0`):
             Share of protected directions during the first task, for which there is no previous one, in [0, 1]. The paper
             protects nothing then; with a pretrained model, protect what it knows.
@@ -55,10 +65,10 @@ class AdaptiveSVDConfig(SFTConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Linear layers to protect; None: all of the transformer blocks."}
     )
-    rank_rule: str = field(default="adaptive", metadata={"help": "adaptive, uniform or energy."})
+    rank_rule: str = field(default="energy", metadata={"help": "energy, adaptive or uniform."})
+    retained_energy: float = field(default=0.99, metadata={"help": "Share of the output energy that is protected."})
     target_retention: float = field(default=0.8, metadata={"help": "Mean share of protected directions, in [0, 1]."})
     minimum_retention: float = field(default=0.1, metadata={"help": "Share where the importance is 0."})
-    retained_energy: float = field(default=0.99, metadata={"help": "Share of the output energy that is protected."})
     importance_score: str = field(default="absolute", metadata={"help": "absolute, positive or signed."})
     importance_rows: int = field(default=128, metadata={"help": "Rows of the previous task that are measured."})
     first_task_retention: float = field(default=0.0, metadata={"help": "Share protected during the first task."})
@@ -76,7 +86,14 @@ class AdaptiveSVDConfig(SFTConfig):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "retained_energy" and value == 0):
                 raise ValueError(f"{name}={value!r} is a share of what is protected: give a number between 0 and 1.")
-        if self.minimum_retention > self.target_retention:
+        for name, rules in _READ_BY.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.rank_rule not in rules and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with rank_rule={self.rank_rule!r}: leave it out, or set "
+                    f"rank_rule to {' or '.join(map(repr, rules))}."
+                )
+        if self.rank_rule == "adaptive" and self.minimum_retention > self.target_retention:
             raise ValueError(
                 f"minimum_retention={self.minimum_retention} is above target_retention={self.target_retention}, the mean: "
                 "lower it."

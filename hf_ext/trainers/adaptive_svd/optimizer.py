@@ -78,12 +78,20 @@ class SubspaceAdamW(AdamW):
         return self.state[parameter].get("start", parameter) if parameter in self.state else parameter
 
     @torch.no_grad()
-    def accumulate(self, parameter: Tensor, rows_FQ: Tensor) -> None:
-        """Add to the gradient of a weight in coordinates of its free directions, not projected on the long side yet."""
-        if parameter in self._rows:
-            self._rows[parameter] += rows_FQ
+    def accumulate(self, parameter: Tensor, short_TF: Tensor, long_TQ: Tensor) -> None:
+        """Add short^T long to the gradient of a weight in coordinates of its free directions.
+
+        Args:
+            parameter: with a subspace.
+            short_TF: inputs of the layer or gradients of its outputs, whichever are the short side, in those coordinates.
+            long_TQ: the other ones.
+        """
+        if parameter not in self._rows:
+            self._rows[parameter] = (short_TF.mT @ long_TQ).float()
+        elif long_TQ.dtype == torch.float32:
+            self._rows[parameter].addmm_(short_TF.mT, long_TQ)
         else:
-            self._rows[parameter] = rows_FQ.float()
+            self._rows[parameter] += short_TF.mT @ long_TQ
 
     @torch.no_grad()
     def _reduce_all(self) -> None:

@@ -40,13 +40,13 @@ class _Tap(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def tap(layer: Layer, subspace: Subspace, receive: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `receive` with the gradient of a layer's weight in coordinates `(F, Q)`, in every backward pass through the layer.
+def tap(layer: Layer, subspace: Subspace, receive: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `receive` with two factors of the gradient of a layer's weight, in every backward pass through the layer.
 
     Args:
         layer: its weight needs no gradient of its own then.
         subspace: of the weight.
-        receive: adds up what it is given.
+        receive: adds up the products a^T b of what it is given, a `(T, F)` and b `(T, Q)`: gradients in coordinates `(F, Q)`.
     """
     outputs_first = short_outputs(layer)
     # Keeps the outputs differentiable if nothing before them is.
@@ -56,7 +56,7 @@ def tap(layer: Layer, subspace: Subspace, receive: Callable[[Tensor], None]) -> 
         # Under autocast the inputs are as the layer got them, in float32.
         inputs_TM = inputs_TM.to(gradient_TN.dtype)
         short, long = (gradient_TN, inputs_TM) if outputs_first else (inputs_TM, gradient_TN)
-        receive((short @ subspace.free_PF.to(short.dtype)).mT @ long)
+        receive(short @ subspace.free_PF.to(short.dtype), long)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         return _Tap.apply(outputs, args[0], anchor, sink) if torch.is_grad_enabled() else outputs

@@ -18,10 +18,22 @@ from tests.trainers.helpers import CPU_RUN, make_tokenizer
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rank_rule": "best"}, "rank_rule='best' is unknown: choose one of adaptive, uniform, energy"),
+        ({"rank_rule": "best"}, "rank_rule='best' is unknown: choose one of energy, adaptive, uniform"),
         ({"target_retention": 1.2}, "target_retention=1.2"),
         ({"minimum_retention": -0.1}, "minimum_retention=-0.1"),
-        ({"minimum_retention": 0.9}, "minimum_retention=0.9 is above target_retention=0.8"),
+        ({"rank_rule": "adaptive", "minimum_retention": 0.9}, "minimum_retention=0.9 is above target_retention=0.8"),
+        (
+            {"target_retention": 0.5},
+            "target_retention=0.5 has no effect with rank_rule='energy': .* 'adaptive' or 'uniform'",
+        ),
+        (
+            {"rank_rule": "uniform", "minimum_retention": 0.2},
+            "minimum_retention=0.2 has no effect with rank_rule='uniform'",
+        ),
+        (
+            {"rank_rule": "adaptive", "retained_energy": 0.9},
+            "retained_energy=0.9 has no effect with rank_rule='adaptive'",
+        ),
         ({"retained_energy": 0.0}, "retained_energy=0.0"),
         ({"importance_rows": 0}, "importance_rows=0"),
         ({"importance_score": "max"}, "importance_score='max'"),

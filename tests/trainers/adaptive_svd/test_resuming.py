@@ -76,7 +76,8 @@ def test_resuming_between_tasks(tmp_path):
 
 
 def test_eight_bit_moments_resume_to_the_same_weights(tmp_path):
-    options = {"optim": "adamw_bnb_8bit", "first_task_retention": 0.5, "weight_decay": 0.1}
+    ranks = {"rank_rule": "uniform", "target_retention": 0.5, "first_task_retention": 0.5}
+    options = {"optim": "adamw_bnb_8bit", "weight_decay": 0.1, **ranks}
 
     def model():
         return make_tiny_llama(hidden_size=64, intermediate_size=160)
