@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from hf_ext._modes import evaluating
 from hf_ext.metrics.editing.encoding import pad
 
 # Rows of logits kept per forward pass: 256 rows of a vocabulary of 262,144 are 0.27 GB in float32.
@@ -79,14 +80,8 @@ class ModelRunner:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode without gradients; on leaving, every module returns to the mode it had."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self.model), torch.no_grad():
+            yield
 
     def logits(self, sequences: Sequence[ScoredSequence]) -> Iterator[tuple[int, Tensor]]:
         """Yields (index, logits [positions, vocabulary]) of every sequence, in an order that saves padding."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, StoppingCriteriaList, TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import cached_file
 
+from hf_ext._modes import evaluating
 from hf_ext.pipelines.roserag.prompts import CONFIG_FILE, RagPrompts, render
 from hf_ext.pipelines.roserag.retrievers import Retriever
 from hf_ext.pipelines.roserag.stopping import AnswerComplete
@@ -57,6 +59,11 @@ class RagPipeline(TextGenerationPipeline):
         self.retriever, self.n_docs = retriever, n_docs
         # An adapter has its tokenizer beside it, and the name of its base in the configuration.
         self.prompts = prompts or read_prompts(self.tokenizer.name_or_path, str(self.model.config.name_or_path))
+
+    def check_model_type(self, supported_models: Any) -> None:
+        # PEFT's wrapper is in no list, and answers as the model in it.
+        if not isinstance(self.model, PeftModel):
+            super().check_model_type(supported_models)
 
     def __call__(  # type: ignore[override]
         self,
@@ -126,9 +133,11 @@ class RagPipeline(TextGenerationPipeline):
             generate_kwargs.setdefault("do_sample", False)
             # A trainer leaves `use_cache=False` in the configuration of its model.
             generate_kwargs.setdefault("use_cache", True)
-        return super()._forward(
-            model_inputs, stopping_criteria=StoppingCriteriaList([*given, complete]), **generate_kwargs
-        )
+        # A model in training mode may drop out, and with gradient checkpointing its layers forget their cache.
+        with evaluating(self.model):
+            return super()._forward(
+                model_inputs, stopping_criteria=StoppingCriteriaList([*given, complete]), **generate_kwargs
+            )
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         inputs = model_outputs["prompt_text"]

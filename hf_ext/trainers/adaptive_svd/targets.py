@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_ext._modes import evaluating
 from hf_ext.trainers.adaptive_svd.importance import LayerStatistics
 
 Layer = nn.Linear | Conv1D
@@ -122,14 +123,12 @@ def observe(
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    was_training = backbone.training
-    backbone.eval()
     try:
-        for batch in batches:
-            mask = batch["attention_mask"].bool()
-            backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        with evaluating(backbone):
+            for batch in batches:
+                mask = batch["attention_mask"].bool()
+                backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
-        backbone.train(was_training)
         for handle in handles:
             handle.remove()
     unseen = [name for name, kept in found.items() if not kept.tokens]

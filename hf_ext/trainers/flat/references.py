@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
+from hf_ext._modes import evaluating
 from hf_ext.trainers.flat.config import UnlearnConfig
 from hf_ext.trainers.flat.data import sequences, stack_sequences
 from hf_ext.trainers.flat.distributions import Head
@@ -125,15 +126,12 @@ class ReferenceTrainer(DPOTrainer):
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         loader = self.accelerator.prepare_data_loader(DataLoader(cast(Any, pairs), size, collate_fn=collate))
         model, sums = cast(Any, self.ref_model or self.model), []
-        was_training = model.training
-        model.eval()
         off = model.disable_adapter() if adapter_off else contextlib.nullcontext()
-        with off, self.accelerator.autocast():
+        with evaluating(model), off, self.accelerator.autocast():
             for batch in loader:
                 answer = batch.pop("completion_mask").bool()
                 outputs = score_answers(model, base_of(model), {**batch, "use_cache": False}, answer)
                 sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
-        model.train(was_training)
         return torch.cat(sums).tolist()
 
     def _recorded(self, base: PreTrainedModel) -> Any:
@@ -157,10 +155,7 @@ class ReferenceTrainer(DPOTrainer):
                 group: slice(parts[group].start - wanted.start, parts[group].stop - wanted.start) for group in groups
             }
         # The policy may be in training mode, where some attentions drop out although TRL disables the dropout modules.
-        was_training = model.training
-        model.eval()
-        with off, self.accelerator.autocast(), self._recorded(base) as seen:
+        with evaluating(model), off, self.accelerator.autocast(), self._recorded(base) as seen:
             base.base_model(**inputs)
             head = head_of(base)
-        model.train(was_training)
         return {name: {group: value[parts[group]] for group in groups} for name, value in seen.items()}, head

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from hf_ext._modes import evaluating
 from hf_ext.pipelines.roserag.pipeline import room_of
 from hf_ext.pipelines.roserag.prompts import Messages, RagPrompts, for_template, render
 from hf_ext.pipelines.roserag.stopping import AnswerComplete
@@ -169,7 +169,7 @@ class TransformersBackend:
         }
         if sampling.temperature > 0:
             options["logits_processor"] = [DrawByRow(seeds, sampling)]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             if self._shares and width > 1:
                 options["past_key_values"] = self._prefilled(ids, mask)
             written = self.model.generate(input_ids=ids, attention_mask=mask, **options)
@@ -206,7 +206,7 @@ class TransformersBackend:
         if room is not None and longest > room:
             return TooLong(f"{longest} tokens of prompt and response, and the model reads {room}")
         found: list[list[float]] = []
-        with _evaluating(self.model), fused_head(self._base):
+        with evaluating(self.model), fused_head(self._base):
             for start in range(0, len(pairs), self.batch_size):
                 found += self._score(pairs[start : start + self.batch_size])
         if not all(math.isfinite(value) for values in found for value in values):
@@ -240,17 +240,6 @@ class TransformersBackend:
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             outputs, where = score_answers(self.model, self._base, inputs, answer), answer[:, 1:]
         return [values[own].tolist() for values, own in zip(outputs.log_probs.float(), where, strict=True)]
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, and in the mode it was in afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

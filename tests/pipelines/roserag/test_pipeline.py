@@ -87,6 +87,22 @@ def test_a_model_that_was_trained_writes_with_its_cache():
     assert len(widths) > 2 and set(widths[1:]) == {1}
 
 
+def test_a_model_that_a_trainer_holds_answers_as_ever(caplog):
+    """In training mode, with an adapter and with gradient checkpointing, in which layers forget their cache."""
+    model, tokenizer = tiny_policy()
+    model = get_peft_model(model, LoraConfig(lora_dropout=0.5, init_lora_weights=False))
+    pipe = pipeline(TASK, model=model.eval(), tokenizer=tokenizer, max_new_tokens=12)
+    expected = pipe("What is old?", DOCUMENTS)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.base_model.model.lm_head.eval()
+    with caplog.at_level("WARNING"):
+        pipe = pipeline(TASK, model=model, tokenizer=tokenizer, max_new_tokens=12)
+        assert pipe("What is old?", DOCUMENTS) == expected
+    assert not caplog.records
+    assert model.training and not model.base_model.model.lm_head.training
+
+
 class Shelf:
     def __init__(self):
         self.asked = []
