@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Protocol, runtime_checkable
@@ -29,6 +29,14 @@ class Reporting(Protocol):
 
     @property
     def report(self) -> MetricsReport | None: ...
+
+
+@runtime_checkable
+class DataMaker(Protocol):
+    """A trainer that knows how its data were made."""
+
+    @property
+    def data_notes(self) -> Sequence[str]: ...
 
 
 @runtime_checkable

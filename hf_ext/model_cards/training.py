@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_ext.model_cards.leaks import TOKEN, without_paths
-from hf_ext.model_cards.results import MetricsReport, Reporting
+from hf_ext.model_cards.results import DataMaker, MetricsReport, Reporting
 
 # The library's arguments that shape the model. The others say how a run is watched, stored and hosted, and one of them
 # holds an access token.
@@ -52,6 +52,7 @@ class TrainingFacts:
         losses: last logged training and evaluation losses.
         evaluation: the last `eval_*` record.
         report: what the trainer itself has measured.
+        data_notes: how the data were made.
         runtime: seconds, if the run finished.
     """
 
@@ -65,6 +66,7 @@ class TrainingFacts:
     losses: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     report: MetricsReport | None = None
+    data_notes: tuple[str, ...] = ()
     runtime: float | None = None
     hardware: str = ""
     train_rows: int | None = None
@@ -91,6 +93,7 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         losses={name: value for name, value in losses.items() if value is not None},
         evaluation={k: v for k, v in evaluation.items() if k.startswith("eval_") and not _is_cost(k)},
         report=trainer.report if isinstance(trainer, Reporting) else None,
+        data_notes=tuple(map(as_text, trainer.data_notes)) if isinstance(trainer, DataMaker) else (),
         runtime=summary.get("train_runtime"),
         hardware=_hardware(args),
         train_rows=_rows(trainer.train_dataset),

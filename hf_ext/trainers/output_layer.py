@@ -96,6 +96,39 @@ def fused_head(base: PreTrainedModel) -> Iterator[None]:
         vars(base).update(kept)
 
 
+# What TRL's fused head may be asked for, of every next token.
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class AnswersOnly:
+    """Stands for a model with TRL's fused head that is called for a loss or a score, and lets the head see the answers alone.
+
+    Without Triton, TRL's head projects all positions onto the vocabulary, those of the prompts and the padding too. The output is the same: it is
+    0 where the next token has no label.
+
+    Args:
+        model: what is called: `base`, or what PEFT and accelerate wrapped around it.
+        base: the causal language model, with the fused head.
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:
+        self._model, self._base = model, base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
+            return self._model(*args, **kwargs)
+        labels = kwargs.pop("labels")[:, 1:]
+        mask = labels != -100
+        with _narrowed(self._base, nn.functional.pad(mask, (0, 1))):
+            outputs = self._model(*args, **kwargs, shift_labels=labels[mask][None])
+        for name in _PER_TOKEN:
+            if outputs.get(name) is not None:
+                values = outputs[name].to(mask.device)
+                outputs[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        outputs["label_mask"] = mask
+        return outputs
+
+
 @contextlib.contextmanager
 def _narrowed(base: PreTrainedModel, mask_BS: Tensor) -> Iterator[None]:
     """Let the output layer see the last hidden states in the mask alone, as one sequence."""
@@ -116,22 +149,12 @@ def _narrowed(base: PreTrainedModel, mask_BS: Tensor) -> Iterator[None]:
 def score_answers(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any], answer: Tensor) -> Any:
     """A forward through TRL's fused head: its output, with log-probabilities and top-1 flags of each next token `(B, S-1)`.
 
-    They are zero where the next token is not of the answer. Without Triton, TRL's head projects all positions, those of the
-    prompts and the padding too; here it is given those of the answers alone.
+    They are zero where the next token is not of the answer.
 
     Args:
-        model: what is called: `base`, or what PEFT and accelerate wrapped around it.
-        base: the causal language model, with the fused head.
-        inputs: arguments of its forward, `input_ids` `(B, S)` among them.
+        model, base: as for `AnswersOnly`.
+        inputs: arguments of the forward, `input_ids` `(B, S)` among them.
         answer: boolean, True at the tokens of the answer, `(B, S)`.
     """
-    mask = answer[:, 1:]
-    labels = inputs["input_ids"][:, 1:][mask][None]
-    with _narrowed(base, nn.functional.pad(mask, (0, 1))):
-        outputs = model(**inputs, shift_labels=labels, fused_lm_head=True)
-    for name in ("log_probs", "is_top1"):
-        # TRL gives a reference no flags.
-        if name in outputs:
-            values = outputs[name].to(mask.device)
-            outputs[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
-    return outputs
+    labels = inputs["input_ids"].masked_fill(~answer, -100)
+    return AnswersOnly(model, base)(**inputs, labels=labels, fused_lm_head=True)

@@ -31,8 +31,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy, SaveStrategy, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from hf_ext._modes import evaluating
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
-from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward, score_answers
 from hf_ext.trainers.runs import dataset_digest
 from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
 
@@ -148,6 +149,9 @@ class TaskSequenceTrainer(SFTTrainer):
         self._scored: dict[int, tuple[Dataset, torch.Tensor | None]] = {}
         self._rows: list[tuple[float | None, ...]] = []
         self._before: tuple[float | None, ...] | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(AnswersOnly(model, base_of(self.model)), inputs, *args, **kwargs)
 
     # -- hooks for subclasses ----------------------------------------------------------------------------------------
 
@@ -286,9 +290,8 @@ class TaskSequenceTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         base = base_of(model)
         shares_prefix = group > 1 and can_share_prefix(model, base)
-        was_training, sums, shares = model.training, [], []
-        model.eval()
-        with self.accelerator.autocast():
+        sums, shares = [], []
+        with evaluating(model), self.accelerator.autocast():
             for batch in loader:
                 answer = batch.pop("labels") != -100
                 if shares_prefix:
@@ -298,7 +301,6 @@ class TaskSequenceTrainer(SFTTrainer):
                 share = outputs.is_top1.sum(-1) / answer[:, 1:].sum(-1)
                 sums.append(self.accelerator.gather_for_metrics(outputs.log_probs.sum(-1)))
                 shares.append(self.accelerator.gather_for_metrics(share))
-        model.train(was_training)
         return torch.cat(sums).cpu(), torch.cat(shares).double().cpu()
 
     def plain_loader(self, data: Dataset, group: int = 1) -> DataLoader:

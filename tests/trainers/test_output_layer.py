@@ -7,7 +7,7 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from hf_ext.trainers.output_layer import score_answers
+from hf_ext.trainers.output_layer import AnswersOnly, score_answers
 from tests.conftest import make_tiny_llama
 
 IDS = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -15,10 +15,32 @@ ANSWER = torch.zeros(3, 9, dtype=torch.bool)
 ANSWER[0, 4:], ANSWER[1, 8:], ANSWER[2, 1:5] = True, True, True
 
 
-def headed_model():
+def headed_model(*outputs):
     model = make_tiny_llama().train()
-    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    add_fused_lm_head(model, outputs=outputs or ("log_probs", "is_top1"))
     return model
+
+
+@pytest.mark.parametrize("prompt", [None, PromptTuningConfig])
+@pytest.mark.parametrize("answer", [ANSWER, ANSWER & False])
+def test_everything_a_trainer_reads_is_that_of_the_stock_head(prompt, answer):
+    """With gradients; in a batch without answers too."""
+    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    found = []
+    for narrow in (False, True):
+        base = headed_model(*names)
+        torch.manual_seed(0)
+        model = base if prompt is None else get_peft_model(base, prompt(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        called = AnswersOnly(model, base) if narrow else model
+        inputs = {"input_ids": IDS, "labels": IDS.masked_fill(~answer, -100)}
+        outputs = called(**inputs, fused_lm_head=True, num_items_in_batch=7)
+        outputs.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        values = {name: outputs[name][:, -8:] for name in (*names, "label_mask")}
+        found.append((outputs.loss, values, gradients))
+        # Without the fused head, or without labels, it is the model itself.
+        torch.testing.assert_close(called(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("prompt", [None, PromptTuningConfig, PrefixTuningConfig])

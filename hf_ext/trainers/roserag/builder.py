@@ -260,7 +260,9 @@ class RoseRAGDatasetBuilder:
         self.report.seconds = time.perf_counter() - self._started
         if not found:
             raise ValueError(self.report.advice())
-        return self._dataset(found)
+        data = self._dataset(found)
+        data.info.description = self.report.description()
+        return data
 
     def _on_disk(self, pairs: Iterator[dict[str, Any]], target: Path) -> Dataset:
         """Written in parts, put together, and renamed, so that it is there as a whole or not at all."""
@@ -274,9 +276,7 @@ class RoseRAGDatasetBuilder:
             if not parts:
                 raise ValueError(self.report.advice())
             whole = concatenate_datasets(parts)
-            whole.info.description = (
-                f"Preference pairs built with hf_ext: {json.dumps(self.settings(), ensure_ascii=False)}"
-            )
+            whole.info.description = self.report.description()
             whole.save_to_disk(Path(scratch) / "whole")
             self.report.seconds = time.perf_counter() - self._started
             provenance = json.dumps(self.report.to_dict(), indent=1, ensure_ascii=False) + "\n"

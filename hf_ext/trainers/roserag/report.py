@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+_BUILT = "Preference pairs built with hf_ext: "
 
 REASONS = {
     "pair": "made a pair",
@@ -82,6 +86,46 @@ class BuildReport:
         else:
             remedy = "raise n_unhinted or the temperature, or add distractors with noise="
         return f"no question made a pair ({counts}): {remedy}."
+
+    def description(self) -> str:
+        """For the dataset itself, which keeps it through `map` and `save_to_disk`."""
+        told = {
+            name: value for name, value in self.to_dict().items() if name in ("outcomes", "candidates", "settings")
+        }
+        return _BUILT + json.dumps(told, ensure_ascii=False)
+
+    @classmethod
+    def from_description(cls, text: str | None) -> BuildReport | None:
+        """The report of a dataset that was built here; None of any other."""
+        if not text or not text.startswith(_BUILT):
+            return None
+        told = json.loads(text.removeprefix(_BUILT))
+        candidates = {source: Counter(counts) for source, counts in told["candidates"].items()}
+        return cls(Counter(told["outcomes"]), candidates, settings=told["settings"])
+
+    def sentences(self) -> tuple[str, ...]:
+        """How the pairs were made, for model cards; without the folders that models were in."""
+        chosen, drawn = self.settings, self.settings["sampling"]
+        writer, scorer = (
+            Path(chosen[role]).name if Path(chosen[role]).is_absolute() else chosen[role]
+            for role in ("writer", "scorer")
+        )
+        lost = [
+            f"{text.removeprefix('dropped: ')}: {self.outcomes[name]:,}"
+            for name, text in REASONS.items()
+            if self.outcomes[name]
+        ]
+        accepted = [
+            f"{counts['accepted']:,} of {counts['written']:,} {source} responses were right"
+            for source, counts in self.candidates.items()
+            if counts["written"]
+        ]
+        return (
+            f"Preference pairs by `RoseRAGDatasetBuilder` from {self.questions:,} questions ({'; '.join(lost)}).",
+            f"Responses by `{writer}` at temperature {drawn['temperature']:g} and top_p {drawn['top_p']:g}, at most {drawn['max_new_tokens']} tokens: "
+            f"{chosen['n_hinted']} per question with the answer known, {chosen['n_unhinted']} without; {'; '.join(accepted)} (match: {chosen['match']}).",
+            f"Selection `{chosen['selection']}` by the {chosen['selection_score']} of log-probabilities under `{scorer}`.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For a file."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -16,11 +18,12 @@ from trl import DPOTrainer
 
 from hf_ext.pipelines.roserag.prompts import RagPrompts
 from hf_ext.registry import ROSERAG
-from hf_ext.trainers.output_layer import remember_forward, restore_forward
+from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
 from hf_ext.trainers.references import NoReference, complete_reference_adapter
 from hf_ext.trainers.roserag.config import RoseRAGConfig
 from hf_ext.trainers.roserag.data import GAMMA, WithGamma, check_margins, check_prompts
 from hf_ext.trainers.roserag.loss import Responses, log_odds, negative_log_likelihood
+from hf_ext.trainers.roserag.report import BuildReport
 from hf_ext.trainers.runs import default_folder
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,8 @@ class RoseRAGTrainer(DPOTrainer):
                 f"precompute_ref_log_probs=True: loss_type={args.loss_type!r} has no reference; leave it out."
             )
         self._gammas, self.prompts = args.margin_column, prompts
+        info = getattr(train_dataset, "info", None)
+        self._built = BuildReport.from_description(info.description if info is not None else None)
         self._falling: list[float] = []
         before = restore_forward(model)
         ref_before = None if ref_model is None else restore_forward(ref_model)
@@ -136,6 +141,23 @@ class RoseRAGTrainer(DPOTrainer):
         if self.prompts is not None and self.is_world_process_zero():
             self.prompts.save_pretrained(output_dir or str(self.args.output_dir))
 
+    # -- what cards tell ---------------------------------------------------------------------------------------------
+
+    @property
+    def data_notes(self) -> tuple[str, ...]:
+        """How the pairs were made, as `hf_ext.publish` and `build_card` tell it; empty if `RoseRAGDatasetBuilder` did not make them."""
+        return () if self._built is None else self._built.sentences()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, with how the pairs were made; arguments as there."""
+        super().create_model_card(*args, **kwargs)
+        if self.data_notes and self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / "README.md"
+            card = ModelCard.load(path)
+            told = "\n".join(f"- {sentence}" for sentence in self.data_notes)
+            card.text = f"{card.text.rstrip()}\n\n## Preference data\n\n{told}\n"
+            card.save(path)
+
     # -- data --------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -164,7 +186,7 @@ class RoseRAGTrainer(DPOTrainer):
         elif "ref_chosen_logps" not in inputs:
             chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        probe = _Probe(model, inputs, whole=self._reads_prompts)
+        probe = _Probe(AnswersOnly(model, base_of(self.model)), inputs, whole=self._reads_prompts)
         with self._native_losses():
             base = super()._compute_loss(probe, inputs, return_outputs)
         outputs = base[1] if return_outputs else None
@@ -182,6 +204,9 @@ class RoseRAGTrainer(DPOTrainer):
             loss = loss + self.args.effective_nll_weight * nll
         self._record(parts, chosen, rejected)
         return (loss, outputs) if return_outputs else loss
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        return super().compute_ref_log_probs(AnswersOnly(model, base_of(model)), inputs)
 
     @property
     def _reads_prompts(self) -> bool:
