@@ -1,8 +1,9 @@
 """Pairs by the paper's rule against other pairs and losses, on a small model that copies facts out of its context.
 
 A context has K facts, "k17 v4 .", and a question names a key; the response repeats the fact and gives its value. A Qwen2 of two layers learns this from scratch on
-up to 4 facts, and is then asked with up to 8, where other facts mislead it: passages that answer other questions. Every arm gets the same responses that the base model wrote,
-and differs in what it makes of them.
+up to 4 facts, and is then asked with up to 24, where other facts mislead it: passages that answer other questions. Every arm gets the same responses that the base model wrote,
+and differs in what it makes of them. While it learns, the base model also reads contexts with one passage more that states no fact, and it stops as soon as it can answer with 4 facts: it
+then gets worse with the facts step by step instead of failing at the fifth, and is not so sure of itself that its samples are all the same.
 
     python -m benchmarks.rag.facts
 
@@ -24,7 +25,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -35,13 +36,13 @@ from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRA
 from hf_ext.trainers.roserag.sampling import Sampling
 from hf_ext.trainers.roserag.selection import select
 
-NAME, SEEDS = "rag_facts", (0, 1, 2)
+NAME, SEEDS = "rag_facts", (0, 1, 2, 3, 4)
 KEYS = VALUES = 32
-BASE_FACTS, TRAIN_FACTS, TEST_FACTS = (1, 2, 3, 4), (5, 6, 8), (4, 6, 8)
-BASE_ROWS, BASE_EPOCHS, BASE_RATE = 32_000, 6, 3e-3
-GAIN = "6"
+BASE_FACTS, TRAIN_FACTS, TEST_FACTS = (1, 2, 3, 4), (8, 12, 16), (4, 8, 16, 24)
+BASE_PASSAGES, BASE_ROWS, BASE_RATE, BASE_ACCURACY, LOOK_EVERY = 5, 128_000, 1e-3, 97.0, 50
+GAIN = 16
 QUESTIONS, SAMPLES, TEST_QUESTIONS = 2000, 8, 512
-EPOCHS, BATCH, RATE = 3, 32, 3e-4
+EPOCHS, BATCH, RATES = 3, 32, (3e-4, 1e-3, 3e-3)
 PROMPTS = RagPrompts(
     system="",
     passage="{text}",
@@ -49,7 +50,7 @@ PROMPTS = RagPrompts(
     hinted="{passages} {question} {answer}",
     plain="{prompt}",
 )
-# (loss, selection rule); RATES multiply the learning rate.
+# (loss, selection rule)
 ARMS: dict[str, tuple[dict[str, Any], str]] = {
     "SFT on accepted responses": ({"orpo_lambda": 0.0}, "hardest"),
     "RoseRAG": ({}, "hardest"),
@@ -73,8 +74,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **specials)
 
 
-def questions(count: int, facts: tuple[int, ...], seed: int) -> list[dict[str, Any]]:
-    """Rows as the builder takes them; a passage is a fact, and the one asked for is gold."""
+def questions(count: int, facts: tuple[int, ...], seed: int, passages: int = 0) -> list[dict[str, Any]]:
+    """Rows as the builder takes them; a passage is a fact, and the one asked for is gold. Up to so many `passages`, the others state no fact."""
     draw, rows = random.Random(seed), []
     for number in range(count):
         keys = draw.sample(range(KEYS), draw.choice(facts))
@@ -83,6 +84,9 @@ def questions(count: int, facts: tuple[int, ...], seed: int) -> list[dict[str, A
             {"title": "", "text": f"k{key} v{value} .", "is_gold": place == asked}
             for place, (key, value) in enumerate(zip(keys, values, strict=True))
         ]
+        for _ in range(draw.randint(0, max(0, passages - len(documents)))):
+            idle = {"title": "", "text": f"v{draw.randrange(VALUES)} v{draw.randrange(VALUES)} .", "is_gold": False}
+            documents.insert(draw.randint(0, len(documents)), idle)
         row = {"id": str(number), "question": f"k{keys[asked]}", "answers": [f"v{values[asked]}"]}
         rows.append({**row, "documents": documents})
     return rows
@@ -90,6 +94,18 @@ def questions(count: int, facts: tuple[int, ...], seed: int) -> list[dict[str, A
 
 def prompt_of(row: dict[str, Any]) -> str:
     return render(tokenizer(), PROMPTS.inference(row["question"], row["documents"]), PROMPTS)
+
+
+class StopWhenAble(TrainerCallback):
+    """Ends the training of the base model when it answers well enough with as many facts as it is trained on."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step % LOOK_EVERY == 0:
+            found = accuracy(copy_of(model), max(BASE_FACTS), 9000 + self.seed)
+            control.should_training_stop = found >= BASE_ACCURACY
 
 
 def base_model(seed: int) -> Qwen2ForCausalLM:
@@ -107,22 +123,23 @@ def base_model(seed: int) -> Qwen2ForCausalLM:
         eos_token_id=2,
     )
     rows = []
-    for row in questions(BASE_ROWS, BASE_FACTS, 1000 + seed):
+    for row in questions(BASE_ROWS, BASE_FACTS, 1000 + seed, BASE_PASSAGES):
         response = PROMPTS.response(f"{row['question']} {row['answers'][0]} .", row["answers"][0])
         rows.append({"prompt": prompt_of(row), "completion": f" {response}"})
     model = Qwen2ForCausalLM(config)
     with tempfile.TemporaryDirectory() as scratch:
         settings = SFTConfig(
             scratch,
-            num_train_epochs=BASE_EPOCHS,
+            num_train_epochs=4,
             per_device_train_batch_size=64,
             learning_rate=BASE_RATE,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="constant_with_warmup",
             warmup_steps=50,
             seed=seed,
             **QUIET,
         )
-        SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()).train()
+        data, callbacks = Dataset.from_list(rows), [StopWhenAble(seed)]
+        SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer(), callbacks=callbacks).train()
     return copy_of(model)
 
 
@@ -180,34 +197,38 @@ def measured(model: Any, seed: int) -> dict[str, float]:
     return {str(facts): accuracy(model, facts, seed) for facts in TEST_FACTS}
 
 
+def best_rate(arm: str, runs: list[dict[str, Any]]) -> float:
+    """The rate of an arm with the most right answers in the first seed."""
+    tried = [run for run in runs if (run["arm"], run["seed"]) == (arm, SEEDS[0])]
+    return max(tried, key=lambda run: run["accuracy"][str(GAIN)])["rate"]
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     cells = []
+    before = {run["seed"]: run["accuracy"][str(GAIN)] for run in runs if run["arm"] == "base"}
     for arm in ("base", *ARMS):
-        mine = [run for run in runs if run["arm"] == arm]
-        if not mine:
+        if arm not in {run["arm"] for run in runs}:
             continue
-        row = [arm]
+        rate = best_rate(arm, runs)
+        mine = [run for run in runs if (run["arm"], run["rate"]) == (arm, rate)]
+        row = [arm, f"{rate:g}" if rate else ""]
         for facts in TEST_FACTS:
-            values = [run["accuracy"][str(facts)] for run in mine]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            row.append(f"{statistics.mean(values):.1f}{spread}")
-        gains = [
-            run["accuracy"][GAIN] - base["accuracy"][GAIN]
-            for run in mine
-            for base in runs
-            if (base["arm"], base["seed"]) == ("base", run["seed"])
-        ]
-        row.append(f"{statistics.mean(gains):+.1f}" if arm != "base" else "")
-        cells.append(row)
-    seeds = len({run["seed"] for run in runs})
+            row.append(spread([run["accuracy"][str(facts)] for run in mine]))
+        gains = [run["accuracy"][str(GAIN)] - before[run["seed"]] for run in mine]
+        cells.append([*row, spread(gains, "+") if rate else ""])
     pairs = [run["pairs"] for run in runs if run["arm"] != "base"]
-    head = ["trained on", *(f"{facts} facts" for facts in TEST_FACTS), f"gain, {GAIN} facts"]
+    head = ["trained on", "lr", *(f"{facts} facts" for facts in TEST_FACTS), f"gain, {GAIN} facts"]
     note = (
-        f"Percent of {TEST_QUESTIONS} answers right; mean and standard deviation over {seeds} seeds, each with a base model, questions and responses of its own. "
-        f"{QUESTIONS} questions with {', '.join(map(str, TRAIN_FACTS))} facts, {SAMPLES} responses each, {min(pairs)} to {max(pairs)} pairs; {EPOCHS} epochs at {RATE:g}. "
-        "`python -m benchmarks.rag.facts` repeats it."
+        f"Percent of {TEST_QUESTIONS} answers right; mean and standard deviation over {len(before)} seeds, each with a base model, questions and responses of its own. "
+        f"{QUESTIONS} questions with {', '.join(map(str, TRAIN_FACTS))} facts, {SAMPLES} responses each, {min(pairs)} to {max(pairs)} pairs; {EPOCHS} epochs in steps of {BATCH}. "
+        f"The learning rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} in the first seed. `python -m benchmarks.rag.facts` repeats it."
     )
     return markdown(head, cells) + "\n\n" + note
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def main() -> None:
@@ -219,31 +240,43 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     runs = stored_runs(NAME)
 
-    def done(run: dict[str, Any]) -> None:
+    def key(run: dict[str, Any]) -> tuple[str, float, int]:
+        return run["arm"], run["rate"], run["seed"]
+
+    def done(**run: Any) -> None:
         runs.append(run)
-        add_stored(NAME, runs, lambda entry: (entry["arm"], entry["seed"]))
-        if len({entry["arm"] for entry in runs}) > 1:
+        add_stored(NAME, runs, key)
+        if len(runs) > 1:
             write(NAME, {"command": "python -m benchmarks.rag.facts", "runs": runs, "table": table(runs)})
         print(run, flush=True)
 
     for seed in seeds:
-        if all((arm, seed) in [(run["arm"], run["seed"]) for run in runs] for arm in ARMS):
+        wanted = [
+            (arm, rate, seed) for arm in ARMS for rate in (RATES if seed == SEEDS[0] else [best_rate(arm, runs)])
+        ]
+        if not (missing := [run for run in [("base", 0.0, seed), *wanted] if run not in map(key, runs)]):
             continue
         start = time.perf_counter()
         base = base_model(seed)
-        if ("base", seed) not in [(run["arm"], run["seed"]) for run in runs]:
-            done(
-                {"arm": "base", "seed": seed, "accuracy": measured(base, seed), "seconds": time.perf_counter() - start}
-            )
+        if missing[0][0] == "base":
+            found = measured(base, seed)
+            done(arm="base", rate=0.0, seed=seed, accuracy=found, seconds=time.perf_counter() - start)
         backend = TransformersBackend(base, tokenizer(), batch_size=128)
-        options = {"n_hinted": 0, "n_unhinted": SAMPLES, "batch_size": 64, "seed": seed}
-        builder = RoseRAGDatasetBuilder(backend, prompts=PROMPTS, sampling=Sampling(max_new_tokens=12), **options)  # type: ignore[arg-type]
+        builder = RoseRAGDatasetBuilder(
+            backend,
+            prompts=PROMPTS,
+            n_hinted=0,
+            n_unhinted=SAMPLES,
+            sampling=Sampling(max_new_tokens=12),
+            seed=seed,
+            batch_size=64,
+        )
         data = builder.build(questions(QUESTIONS, TRAIN_FACTS, 3000 + seed))
-        for arm, (settings, rule) in ARMS.items():
-            if (arm, seed) in [(run["arm"], run["seed"]) for run in runs]:
-                continue
-            model = train(base, pairs_by(rule, data, seed), settings, RATE, seed)
-            done({"arm": arm, "seed": seed, "pairs": len(data), "accuracy": measured(model, seed)})
+        for arm, rate, _ in missing:
+            if arm != "base":
+                settings, rule = ARMS[arm]
+                model = train(base, pairs_by(rule, data, seed), settings, rate, seed)
+                done(arm=arm, rate=rate, seed=seed, pairs=len(data), accuracy=measured(model, seed))
     print(table(runs))
 
 
