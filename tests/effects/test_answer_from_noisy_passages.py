@@ -1,0 +1,29 @@
+"""The example about a company's handbook, short, on the real model: it runs, and what it saves answers and tells how it was made."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import pipeline
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "answer_from_noisy_passages.py"
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_example_saves_a_reader(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--quick", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "made a pair" in printed and "| before |" in printed and "| after |" in printed
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "Preference pairs by `RoseRAGDatasetBuilder` from 4 questions" in card.text
+    assert card.data.base_model == "google/gemma-3-270m"
+    folder = str(tmp_path / "model")
+    reader = pipeline("rag-question-answering", model=folder, tokenizer=folder, max_new_tokens=8)
+    found = reader(
+        "On which floor is the bar?", [{"title": "Bonn", "text": "The bar of the Bonn office is on floor 3."}]
+    )
+    assert reader.prompts.conclude == "The floor, in one line:" and found["generated_text"]
