@@ -80,7 +80,7 @@ def main() -> None:
     passages, questions = handbook()
     known, unknown = questions[: len(questions) // 2], questions[len(questions) // 2 :]
     if options.quick:
-        known, unknown = known[:4], unknown[:2]
+        known, unknown = known[:3], unknown[:1]
     tests = [with_others(question, passages) for question in unknown]
 
     def measured(trained: Any) -> RagReport:
@@ -94,6 +94,8 @@ def main() -> None:
         retriever=BM25Retriever(passages),
         prompts=PROMPTS,
         n_docs=6,
+        n_hinted=4,
+        n_unhinted=4 if options.quick else 12,
         sampling=Sampling(max_new_tokens=32),
         cache_dir=options.output / "work",
     )

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -31,6 +31,13 @@ from hf_ext.trainers.flat.merging import merged_copy
 
 # What models, adapters, tokenizers and cards consist of.
 _WRITTEN = {".md", ".json", ".safetensors", ".txt", ".jinja", ".model"}
+
+
+@runtime_checkable
+class Accompanied(Protocol):
+    """A trainer whose model needs a file more than weights, configuration and tokenizer."""
+
+    def save_companions(self, folder: str | Path) -> None: ...
 
 
 def save(
@@ -133,6 +140,8 @@ def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: Model
         tokenizer = model_or_trainer.processing_class
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer.save_pretrained(folder)
+    if isinstance(model_or_trainer, Accompanied):
+        model_or_trainer.save_companions(folder)
     model: Any = unwrapped_model(model_or_trainer)
     if merged:
         check_mergeable(model)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import pipeline
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, pipeline
+
+from hf_ext.demo.model import embedded_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "answer_from_noisy_passages.py"
 
@@ -19,10 +22,11 @@ def test_the_example_saves_a_reader(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "made a pair" in printed and "| before |" in printed and "| after |" in printed
     card = ModelCard.load(tmp_path / "model" / "README.md")
-    assert "Preference pairs by `RoseRAGDatasetBuilder` from 4 questions" in card.text
+    assert "Preference pairs by `RoseRAGDatasetBuilder` from 3 questions" in card.text
     assert card.data.base_model == "google/gemma-3-270m"
     folder = str(tmp_path / "model")
-    reader = pipeline("rag-question-answering", model=folder, tokenizer=folder, max_new_tokens=8)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded_model()), folder)
+    reader = pipeline("rag-question-answering", model=model, tokenizer=folder, max_new_tokens=8)
     found = reader(
         "On which floor is the bar?", [{"title": "Bonn", "text": "The bar of the Bonn office is on floor 3."}]
     )

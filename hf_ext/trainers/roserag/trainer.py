@@ -138,8 +138,13 @@ class RoseRAGTrainer(DPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s, with `rag_config.json` if the trainer has `prompts`."""
         super().save_model(output_dir, _internal_call)
-        if self.prompts is not None and self.is_world_process_zero():
-            self.prompts.save_pretrained(output_dir or str(self.args.output_dir))
+        if self.is_world_process_zero():
+            self.save_companions(output_dir or str(self.args.output_dir))
+
+    def save_companions(self, folder: str | Path) -> None:
+        """Write `rag_config.json` into `folder`, for `save_model`, `hf_ext.publish` and `hf_ext.model_cards.save`."""
+        if self.prompts is not None:
+            self.prompts.save_pretrained(folder)
 
     # -- what cards tell ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext import RoseLoraConfig
-from hf_ext.model_cards import build_card
+from hf_ext.model_cards import build_card, save
 from hf_ext.pipelines.roserag import RagPrompts
 from hf_ext.trainers.roserag import (
     PreferenceLoss,
@@ -281,6 +281,15 @@ def test_cards_tell_how_the_pairs_were_made(tmp_path, folder):
         assert "8 per question with the answer known, 6 without" in text and "(match: exact)" in text
         assert "Selection `easiest` by the mean of log-probabilities under `my-model@1`." in text
     assert trained(tmp_path / "other", train=False).data_notes == ()
+
+
+def test_prompts_are_published_with_the_model(tmp_path):
+    trainer = trained(tmp_path / "run", max_steps=1)
+    trainer.prompts = RagPrompts(marker="So:")
+    save(trainer, tmp_path / "saved", license="apache-2.0", base_model="user/tiny")
+    assert RagPrompts.from_file(tmp_path / "saved" / "rag_config.json") == trainer.prompts
+    # As a folder that `save` wrote, it can be written again.
+    save(trainer, tmp_path / "saved", license="apache-2.0", base_model="user/tiny")
 
 
 def test_dpo_without_a_likelihood_that_falls_is_told(tmp_path, caplog):
