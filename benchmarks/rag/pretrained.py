@@ -3,13 +3,14 @@
 The model is a base model without a chat template, so the prompt begins with two worked examples. All arms train the same LoRA on the same responses: accepted responses alone, the paper's
 pairs, random pairs, and DPO on the paper's pairs. Questions for training and for testing are different ones.
 
-    python -m benchmarks.rag.pretrained
+    python -m benchmarks.rag.pretrained [--seeds 0 1 2]
 
-Finished runs are kept in the results file, so the script can be stopped and continued.
+Finished runs are kept in the results file, so the script can be stopped and continued, and seeds can run side by side.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import tempfile
@@ -27,7 +28,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import RESULTS, markdown, stored_runs, write
+from benchmarks.common import RESULTS, add_stored, markdown, stored_runs, write
 from benchmarks.continual.world import QUIET
 from benchmarks.rag.facts import pairs_by
 from benchmarks.rag.world import corpus, questions
@@ -39,7 +40,7 @@ from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRA
 from hf_ext.trainers.roserag.sampling import Sampling
 
 NAME, SEEDS = "rag_pretrained", (0, 1, 2)
-TRAIN, TEST, PASSAGES, WORDS = 100, 40, 3, 60
+TRAIN, TEST, PASSAGES, WORDS = 100, 60, 3, 60
 SAMPLES, EPOCHS, BATCH, RATES = 6, 2, 8, (2e-4, 5e-5)
 CONDITIONS = (Condition(), Condition(distractors=2), Condition(distractors=4), Condition(adversarial=1))
 ARMS: dict[str, tuple[dict[str, Any], str]] = {
@@ -164,29 +165,41 @@ def table(runs: list[dict[str, Any]]) -> str:
     return markdown(head, cells) + "\n\n" + note
 
 
+def key(run: dict[str, Any]) -> tuple[str, float, int]:
+    return run["arm"], run["rate"], run["seed"]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    seeds = parser.parse_args().seeds
     logging.set_verbosity_error()
     disable_progress_bar()
     warnings.filterwarnings("ignore")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     runs = stored_runs(NAME)
 
+    kept = cache_folder() / "benchmarks" / f"{NAME}-reports"
+    kept.mkdir(parents=True, exist_ok=True)
+
     def keep(arm: str, rate: float, seed: int, pairs: int, report: RagReport, seconds: float) -> None:
+        if arm == "base" or (seed, rate) == (SEEDS[0], RATES[0]):
+            report.to_json(kept / f"{arm}.json")
         scores = {name: value for name, value in report.metrics.items() if name.startswith(("exact_match", "f1"))}
         runs.append({"arm": arm, "rate": rate, "seed": seed, "pairs": pairs, "scores": scores, "seconds": seconds})
+        add_stored(NAME, runs, key)
         write(NAME, {"command": "python -m benchmarks.rag.pretrained", "runs": runs, "table": table(runs)})
         print(table(runs[-1:]), flush=True)
 
-    def missing(arm: str, rate: float, seed: int) -> bool:
-        return (arm, rate, seed) not in [(run["arm"], run["rate"], run["seed"]) for run in runs]
+    def missing(*run: Any) -> bool:
+        return run not in map(key, runs)
 
-    reports: dict[str, RagReport] = {}
     base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
-    if missing("base", 0.0, 0):
+    if missing("base", 0.0, 0) and 0 in seeds:
         start = time.perf_counter()
-        reports["base"] = measured(base, tokenizer)
-        keep("base", 0.0, 0, 0, reports["base"], time.perf_counter() - start)
-    for seed in SEEDS:
+        report = measured(base, tokenizer)
+        keep("base", 0.0, 0, 0, report, time.perf_counter() - start)
+    for seed in seeds:
         data = build(base, tokenizer, seed)
         for rate in RATES if seed == SEEDS[0] else RATES[:1]:
             for arm, (settings, rule) in ARMS.items():
@@ -195,10 +208,10 @@ def main() -> None:
                 start = time.perf_counter()
                 model = train(pairs_by(rule, data, seed), settings, rate, seed, tokenizer)
                 report = measured(model, tokenizer)
-                if (seed, rate) == (SEEDS[0], RATES[0]):
-                    reports[arm] = report
                 keep(arm, rate, seed, len(data), report, time.perf_counter() - start)
-    if len(reports) > len(ARMS):
+    files = {arm: kept / f"{arm}.json" for arm in ("base", *ARMS)}
+    if all(path.exists() for path in files.values()):
+        reports = {arm: RagReport.from_json(path) for arm, path in files.items()}
         draw(reports, Path(RESULTS) / f"{NAME}.png", "f1")
     print(table(runs))
 
