@@ -33,7 +33,7 @@ from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
 NAME, SEED, REPEATS = "continual_cost", 0, 3
-EXAMPLES, TOKENS, LABELS = 16, 512, 16
+EXAMPLES, TOKENS, LABELS = 16, 512, 4
 RETENTIONS = (0.5, 0.8)
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "fused": True}
 
