@@ -130,7 +130,7 @@ def long_basis(weight_PQ: Tensor, subspace: Subspace, rows: int, times: int = 1)
     rank, short = subspace.sure_rank, len(weight_PQ)
     if rank * short + 2 * times * rows * rank > 2 * times * rows * short:
         return None
-    return weight_PQ.mT @ _scaled(subspace, weight_PQ.dtype)
+    return weight_PQ.mT @ (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(weight_PQ.dtype)
 
 
 def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace, long_QK: Tensor | None) -> Tensor:
@@ -144,14 +144,10 @@ def without_long_side(rows_FQ: Tensor, weight_PQ: Tensor, subspace: Subspace, lo
     """
     if long_QK is not None:
         return torch.addmm(rows_FQ, rows_FQ @ long_QK, long_QK.mT, alpha=-1)
-    scaled_PK = _scaled(subspace, rows_FQ.dtype)
-    return torch.addmm(rows_FQ, rows_FQ @ weight_PQ.mT @ scaled_PK @ scaled_PK.mT, weight_PQ, alpha=-1)
-
-
-def _scaled(subspace: Subspace, dtype: torch.dtype) -> Tensor:
-    """U_h / s_h, of the directions whose singular value is above the noise."""
-    rank = subspace.sure_rank
-    return (subspace.basis_PP[:, :rank] / subspace.values_P[:rank]).to(dtype)
+    # rows V_h V_h^T = rows W^T U_h s_h^-2 U_h^T W, with the scale where it is smallest.
+    basis_PK = subspace.basis_PP[:, : subspace.sure_rank].to(rows_FQ.dtype)
+    inside_FK = rows_FQ @ weight_PQ.mT @ basis_PK / subspace.values_P[: subspace.sure_rank].square().to(rows_FQ.dtype)
+    return torch.addmm(rows_FQ, inside_FK @ basis_PK.mT, weight_PQ, alpha=-1)
 
 
 def project(matrix_NM: Tensor, weight_NM: Tensor, subspace: Subspace, joint: bool = False) -> Tensor:
