@@ -8,13 +8,13 @@ from __future__ import annotations
 from hf_ext._lazy import lazy_attributes
 
 _LAZY = {
-    "EndpointBackend": ".backends",
+    "EndpointBackend": ".servers",
     "PreferenceLoss": ".loss",
     "RoseRAGConfig": ".config",
     "RoseRAGDatasetBuilder": ".builder",
     "RoseRAGTrainer": ".trainer",
     "TransformersBackend": ".backends",
-    "VLLMBackend": ".backends",
+    "VLLMBackend": ".servers",
     "register_preference_loss": ".loss",
 }
 __all__ = sorted(_LAZY)

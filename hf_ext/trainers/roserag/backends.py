@@ -1,19 +1,13 @@
-"""What writes and scores responses: a model in memory, an OpenAI-compatible endpoint, or TRL's client of a vLLM server."""
+"""What writes and scores responses, and a model in memory that does both; servers that write are in `servers`."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
@@ -25,8 +19,6 @@ from hf_ext.pipelines.roserag.stopping import AnswerComplete
 from hf_ext.trainers.output_layer import base_of, fused_head, score_answers
 from hf_ext.trainers.roserag.sampling import DrawByRow, Sampling
 from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
-
-logger = logging.getLogger(__name__)
 
 
 class BackendError(RuntimeError):
@@ -266,195 +258,3 @@ def _check_template(tokenizer: Any) -> None:
             f"the chat template writes the prompt as {prompt[-40:]!r}, and another one when a response follows, so that training would differ from use: "
             "take a template with the generation prompt that it writes before a response."
         )
-
-
-@dataclass(frozen=True)
-class Retries:
-    """When a request is tried again.
-
-    Attributes:
-        attempts: in all, >= 1.
-        first_wait: seconds before the second attempt, doubled for each further one.
-        longest_wait: seconds, whatever the server asks for.
-    """
-
-    attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts={self.attempts}: give at least 1.")
-
-    def call(self, request: Callable[[], Any], told: Callable[[Exception], float | None]) -> Any:
-        """What `request` returns; `told` gives the seconds that an error asks to wait, 0 if it does not say, and None if it is for good.
-
-        Raises:
-            BackendError: the last attempt failed, or an error that is for good.
-        """
-        for attempt in range(1, self.attempts + 1):
-            try:
-                return request()
-            except Exception as error:
-                asked = told(error)
-                if asked is None or attempt == self.attempts:
-                    raise BackendError(f"{type(error).__name__}: {str(error)[:200]} (attempt {attempt})") from error
-                wait = min(max(asked, self.first_wait * 2 ** (attempt - 1)), self.longest_wait)
-                logger.info("attempt %d failed (%s); trying again in %.1f s", attempt, error, wait)
-                time.sleep(wait)
-        raise AssertionError
-
-
-class Garbage(ValueError):
-    """A server answered with something that is no response."""
-
-
-def _seconds_to_wait(error: Exception) -> float | None:
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 429 or status >= 500 or status == 408:
-            asked = error.response.headers.get("Retry-After", "")
-            return float(asked) if asked.replace(".", "", 1).isdigit() else 0.0
-        return None
-    if isinstance(error, OfflineModeIsEnabled):
-        return None
-    # Refused connections, time-outs and answers that are no JSON come from different libraries.
-    return 0.0
-
-
-class EndpointBackend:
-    """An OpenAI-compatible server (vLLM, TGI, llama.cpp, a provider); writes.
-
-    Its log-probabilities of a given text are not to be had there, so that a `TransformersBackend` of the model that will be trained scores.
-
-    Args:
-        base_url: of the server, e.g. "http://127.0.0.1:8000/v1".
-        model: its name there.
-        api_key: sent as a bearer token.
-        concurrency: requests at once, >= 1.
-        timeout: seconds for one request.
-        retries: when a request is tried again.
-        tokenizer: of the served model, if its chat template has no system role: the text then goes in front of the question, as in training.
-        revision: told in the provenance; change it when the server's weights change, so that earlier responses are not taken for theirs.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        api_key: str | None = None,
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: Retries | None = None,
-        tokenizer: Any = None,
-        revision: str | None = None,
-    ) -> None:
-        if concurrency < 1:
-            raise ValueError(f"concurrency={concurrency}: give at least 1.")
-        # Without a key, the client would send the user's Hugging Face token, which is none of the server's business.
-        self._client = InferenceClient(base_url=base_url, api_key=api_key or "none", timeout=timeout)
-        self._model, self._concurrency, self._retries = model, concurrency, retries or Retries()
-        self._tokenizer, self._identity = tokenizer, f"{model}@{revision or base_url}"
-
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    def write(
-        self,
-        conversations: Sequence[Messages],
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
-        prompts: RagPrompts,
-    ) -> list[list[str] | BackendError]:
-        requests = [
-            (number, messages, seed)
-            for number, (messages, own) in enumerate(zip(conversations, seeds, strict=True))
-            for seed in own
-        ]
-
-        def ask(request: tuple[int, Messages, int]) -> str | BackendError:
-            try:
-                return self._retries.call(
-                    lambda: self._ask(request[1], request[2], sampling, prompts), _seconds_to_wait
-                )
-            except BackendError as error:
-                return error
-
-        with ThreadPoolExecutor(self._concurrency) as executor:
-            answers = list(executor.map(ask, requests))
-        return _grouped(len(conversations), [number for number, _, _ in requests], answers)
-
-    def _ask(self, messages: Messages, seed: int, sampling: Sampling, prompts: RagPrompts) -> str:
-        reply = self._client.chat_completion(
-            messages if self._tokenizer is None else for_template(self._tokenizer, messages),
-            model=self._model,
-            max_tokens=sampling.max_new_tokens,
-            seed=seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            extra_body={"chat_template_kwargs": prompts.chat_template_kwargs}
-            if prompts.chat_template_kwargs
-            else None,
-        )
-        try:
-            text = reply.choices[0].message.content
-        except (AttributeError, IndexError, TypeError) as error:
-            raise Garbage(f"the reply has no message: {str(reply)[:100]!r}") from error
-        # Nothing was said, as by a model that was cut off while it thought: a response without an answer.
-        return text or ""
-
-
-class VLLMBackend:
-    """A vLLM server through TRL's `VLLMClient`; writes.
-
-    Args:
-        client: a `trl.generation.vllm_client.VLLMClient`.
-        tokenizer: of the model that the server runs.
-    """
-
-    def __init__(self, client: Any, tokenizer: Any) -> None:
-        self._client, self._tokenizer = client, tokenizer
-
-    @property
-    def identity(self) -> str:
-        return str(self._client.model)
-
-    def write(
-        self,
-        conversations: Sequence[Messages],
-        seeds: Sequence[Sequence[int]],
-        sampling: Sampling,
-        prompts: RagPrompts,
-    ) -> list[list[str] | BackendError]:
-        requests = [(n, m, s) for n, (m, own) in enumerate(zip(conversations, seeds, strict=True)) for s in own]
-
-        def ask(request: tuple[int, Messages, int]) -> str | BackendError:
-            try:
-                reply = self._client.chat(
-                    [for_template(self._tokenizer, request[1])],
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
-                    generation_kwargs={"seed": request[2]},
-                    chat_template_kwargs=prompts.chat_template_kwargs,
-                )
-            except Exception as error:  # the client retries itself, and raises nothing more exact
-                return BackendError(f"{type(error).__name__}: {str(error)[:200]}")
-            return self._tokenizer.decode(reply["completion_ids"][0], skip_special_tokens=True)
-
-        with ThreadPoolExecutor(16) as executor:
-            answers = list(executor.map(ask, requests))
-        return _grouped(len(conversations), [number for number, _, _ in requests], answers)
-
-
-def _grouped(count: int, numbers: list[int], answers: list[str | BackendError]) -> list[list[str] | BackendError]:
-    """Answers by conversation; one that failed fails its conversation."""
-    found: list[list[str] | BackendError] = [[] for _ in range(count)]
-    for number, answer in zip(numbers, answers, strict=True):
-        kept = found[number]
-        if isinstance(answer, BackendError):
-            found[number] = answer
-        elif isinstance(kept, list):
-            kept.append(answer)
-    return found

@@ -6,17 +6,14 @@ elsewhere; responses without the hint, whose wrong ones are what the model would
 
 from __future__ import annotations
 
-import json
 import logging
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from hf_ext.metrics.rag.conditions import Condition, Question, iter_questions
@@ -24,16 +21,16 @@ from hf_ext.metrics.rag.matching import AnswerMatcher, contains_answer, is_refus
 from hf_ext.pipelines.roserag.prompts import RagPrompts
 from hf_ext.pipelines.roserag.retrievers import Retriever
 from hf_ext.trainers.roserag.backends import BackendError, Scorer, TooLong, Writer
+from hf_ext.trainers.roserag.dataset import in_memory, on_disk
 from hf_ext.trainers.roserag.report import BuildReport
 from hf_ext.trainers.roserag.sampling import Sampling, seed_of
 from hf_ext.trainers.roserag.selection import NORMALIZATIONS, RULES, Dropped, score, select
 from hf_ext.trainers.roserag.store import StageStore, digest_of, locked
 
 logger = logging.getLogger(__name__)
-PROVENANCE_FILE = "roserag_build.json"
 _GREEDY, _ANSWER_TOKENS = 0.0, 64
-# Answers of other questions that counterfactual passages choose from, and rows of a part of the dataset.
-_WRONG_ANSWERS, _PART = 1000, 1000
+# Answers of other questions that counterfactual passages choose from.
+_WRONG_ANSWERS = 1000
 # From this many questions without a response on, a server is taken to be down.
 _OUTAGE = 16
 
@@ -194,14 +191,15 @@ class RoseRAGDatasetBuilder:
             raise ValueError(f"output_dir={str(target)!r} exists: give another, or remove it.")
         rows: Any = questions if isinstance(questions, (Dataset, Sequence)) else list(questions)
         count = self._check(rows)
-        self._started = time.perf_counter()
         # The weights may have changed since the last build.
         self._identities = self._identify()
         self.report = BuildReport(settings=self.settings())
         pairs = self._pairs(tqdm(self._rows(rows), total=count, desc="Building pairs", unit="question"))
         with locked(self.cache_dir):
-            data = self._in_memory(pairs) if target is None else self._on_disk(pairs, target)
-        return data
+            options = self.prompts.chat_template_kwargs
+            if target is None:
+                return in_memory(pairs, options, self.report)
+            return on_disk(pairs, options, self.report, target)
 
     def _check(self, rows: Any) -> int:
         """Read all questions once, and return how many rows they make."""
@@ -228,61 +226,6 @@ class RoseRAGDatasetBuilder:
                     self.report.outcomes["no_condition"] += 1
                 else:
                     yield _Row(f"{question.id} ({condition.name})", question, [dict(passage) for passage in passages])
-
-    def _features(self, conversational: bool) -> Features:
-        text = Value("string")
-        turn = List({"role": text, "content": text}) if conversational else text
-        number, candidate = Value("float64"), {"text": text, "answer": text, "source": text, "correct": Value("bool")}
-        return Features(
-            {
-                "prompt": turn,
-                "chosen": turn,
-                "rejected": turn,
-                "margin": number,
-                "chosen_score": number,
-                "rejected_score": number,
-                "question_id": text,
-                "n_correct": Value("int64"),
-                "n_incorrect": Value("int64"),
-                "candidates": List({**candidate, "sum": number, "tokens": Value("int64")}),
-            }
-        )
-
-    def _dataset(self, pairs: list[dict[str, Any]]) -> Dataset:
-        features = self._features(not isinstance(pairs[0]["prompt"], str))
-        if self.prompts.chat_template_kwargs:
-            options = Dataset.from_list([{"chat_template_kwargs": self.prompts.chat_template_kwargs}])
-            features = Features({**options.features, **features})
-        return Dataset.from_list(pairs, features=features)
-
-    def _in_memory(self, pairs: Iterator[dict[str, Any]]) -> Dataset:
-        found = list(pairs)
-        self.report.seconds = time.perf_counter() - self._started
-        if not found:
-            raise ValueError(self.report.advice())
-        data = self._dataset(found)
-        data.info.description = self.report.description()
-        return data
-
-    def _on_disk(self, pairs: Iterator[dict[str, Any]], target: Path) -> Dataset:
-        """Written in parts, put together, and renamed, so that it is there as a whole or not at all."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            parts: list[Dataset] = []
-            while part := list(islice(pairs, _PART)):
-                folder = Path(scratch) / f"part-{len(parts)}"
-                self._dataset(part).save_to_disk(folder)
-                parts.append(load_from_disk(folder))
-            if not parts:
-                raise ValueError(self.report.advice())
-            whole = concatenate_datasets(parts)
-            whole.info.description = self.report.description()
-            whole.save_to_disk(Path(scratch) / "whole")
-            self.report.seconds = time.perf_counter() - self._started
-            provenance = json.dumps(self.report.to_dict(), indent=1, ensure_ascii=False) + "\n"
-            (Path(scratch) / "whole" / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
-            (Path(scratch) / "whole").rename(target)
-        return load_from_disk(target)
 
     # -- stages ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,11 @@ class BuildReport:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     reused: int = 0
+    _started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
+
+    def finish(self) -> None:
+        """Note how long the build took."""
+        self.seconds = time.perf_counter() - self._started
 
     @property
     def questions(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
@@ -100,8 +100,8 @@ class RoseRAGTrainer(DPOTrainer):
                 f"precompute_ref_log_probs=True: loss_type={args.loss_type!r} has no reference; leave it out."
             )
         self._gammas, self.prompts = args.margin_column, prompts
-        info = getattr(train_dataset, "info", None)
-        self._built = BuildReport.from_description(info.description if info is not None else None)
+        described = isinstance(train_dataset, (Dataset, IterableDataset))
+        self._built = BuildReport.from_description(train_dataset.info.description) if described else None
         self._falling: list[float] = []
         before = restore_forward(model)
         ref_before = None if ref_model is None else restore_forward(ref_model)

@@ -17,8 +17,9 @@ from trl.generation.vllm_client import VLLMClient
 from hf_ext.metrics.rag import AnswerMatcher
 from hf_ext.pipelines.roserag.prompts import Answer, RagPrompts
 from hf_ext.trainers.roserag import EndpointBackend, RoseRAGDatasetBuilder, TransformersBackend, VLLMBackend
-from hf_ext.trainers.roserag.backends import BackendError, Retries, TooLong
+from hf_ext.trainers.roserag.backends import BackendError, TooLong
 from hf_ext.trainers.roserag.sampling import DrawByRow, Sampling, seed_of
+from hf_ext.trainers.roserag.servers import Retries
 from tests.pipelines.roserag.helpers import CHAT, NO_SYSTEM, word_tokenizer
 from tests.trainers.roserag.helpers import ScriptedBackend, preference_rows, question_rows, tiny_policy
 from tests.trainers.roserag.server import ChatServer, message
