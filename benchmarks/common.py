@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def add_stored(name: str, runs: list[dict[str, Any]], key: Callable[[dict[str, A
     known = [key(run) for run in runs]
     runs.extend(run for run in stored_runs(name) if key(run) not in known)
     runs.sort(key=lambda run: json.dumps(key(run)))
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and, of several values, standard deviation, as percentages with one digit; `sign="+"` tells gains."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -22,7 +22,7 @@ from hf_ext import BM25Retriever, RagPrompts, RoseRAGConfig, RoseRAGDatasetBuild
 from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.rag import Condition, RagReport, compare, evaluate_rag
 from hf_ext.model_cards import save
-from hf_ext.trainers.roserag.sampling import Sampling
+from hf_ext.trainers.roserag import Sampling
 
 CITIES = ["Oslo", "Lima", "Cairo", "Delhi", "Quito", "Seoul", "Perth", "Turin", "Dakar", "Miami", "Hanoi", "Tunis"]
 THINGS = ("printer", "kitchen", "library", "first-aid kit", "bicycle room", "reception")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
 import warnings
@@ -26,7 +25,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 from trl import SFTConfig
 
-from benchmarks.common import add_stored, markdown, stored_runs, write
+from benchmarks.common import add_stored, markdown, spread, stored_runs, write
 from benchmarks.continual.baselines import EWC, OSF, AdaptiveSVD, OLoRA, OptionTrainer, Replay, lora
 from benchmarks.continual.world import LENGTH, ORDERS, QUIET, pretrained_model, task, tokenizer
 from hf_ext.metrics.continual import TaskMatrix
@@ -132,11 +131,6 @@ def chosen_runs(runs: Sequence[dict[str, Any]], method: str) -> list[dict[str, A
     """Those of a method at its best rate."""
     rate = best_rate(runs, method)
     return [run for run in runs if run["method"] == method and run["rate"] == rate]
-
-
-def spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
 import time
 import warnings
@@ -29,11 +28,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.common import add_stored, markdown, stored_runs, write
+from benchmarks.common import add_stored, markdown, spread, stored_runs, write
 from benchmarks.continual.world import QUIET
 from hf_ext.pipelines.roserag.prompts import RagPrompts, render
-from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, TransformersBackend
-from hf_ext.trainers.roserag.sampling import Sampling
+from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, Sampling, TransformersBackend
 from hf_ext.trainers.roserag.selection import select
 
 NAME, SEEDS = "rag_facts", (0, 1, 2, 3, 4)
@@ -224,11 +222,6 @@ def table(runs: list[dict[str, Any]]) -> str:
         f"The learning rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} in the first seed. `python -m benchmarks.rag.facts` repeats it."
     )
     return markdown(head, cells) + "\n\n" + note
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def main() -> None:

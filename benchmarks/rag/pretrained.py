@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import tempfile
 import time
 import warnings
@@ -28,7 +27,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import RESULTS, add_stored, markdown, stored_runs, write
+from benchmarks.common import RESULTS, add_stored, markdown, spread, stored_runs, write
 from benchmarks.continual.world import QUIET
 from benchmarks.rag.facts import pairs_by
 from benchmarks.rag.world import corpus, questions
@@ -36,8 +35,7 @@ from hf_ext.demo.model import cache_folder, embedded_model
 from hf_ext.metrics.rag import Condition, RagReport, evaluate_rag
 from hf_ext.metrics.rag.report import draw
 from hf_ext.pipelines.roserag import DenseRetriever, RagPipeline, RagPrompts
-from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, TransformersBackend
-from hf_ext.trainers.roserag.sampling import Sampling
+from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, Sampling, TransformersBackend
 
 NAME, SEEDS = "rag_pretrained", (0, 1, 2)
 TRAIN, TEST, PASSAGES, WORDS = 100, 60, 3, 60
@@ -152,9 +150,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             row = [arm, f"{rate:g}" if rate else ""]
             for score in ("exact_match", "f1"):
                 for name in names:
-                    values = [run["scores"][f"{score}/{name}"] for run in mine]
-                    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                    row.append(f"{statistics.mean(values):.1f}{spread}")
+                    row.append(spread([run["scores"][f"{score}/{name}"] for run in mine]))
             cells.append(row)
     head = ["trained on", "lr", *(f"{short}, {name}" for short in ("EM", "F1") for name in names)]
     pairs = sorted({run["pairs"] for run in runs if run["pairs"]})

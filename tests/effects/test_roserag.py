@@ -3,8 +3,7 @@
 import pytest
 
 from benchmarks.rag import facts
-from hf_ext.trainers.roserag import RoseRAGDatasetBuilder, TransformersBackend
-from hf_ext.trainers.roserag.sampling import Sampling
+from hf_ext.trainers.roserag import RoseRAGDatasetBuilder, Sampling, TransformersBackend
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -86,9 +86,9 @@ class AdaptiveSVDConfig(SFTConfig):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "retained_energy" and value == 0):
                 raise ValueError(f"{name}={value!r} is a share of what is protected: give a number between 0 and 1.")
+        defaults = {item.name: item.default for item in fields(self)}
         for name, rules in _READ_BY.items():
-            default = type(self).__dataclass_fields__[name].default
-            if self.rank_rule not in rules and getattr(self, name) != default:
+            if self.rank_rule not in rules and getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with rank_rule={self.rank_rule!r}: leave it out, or set "
                     f"rank_rule to {' or '.join(map(repr, rules))}."

@@ -13,6 +13,7 @@ _LAZY = {
     "RoseRAGConfig": ".config",
     "RoseRAGDatasetBuilder": ".builder",
     "RoseRAGTrainer": ".trainer",
+    "Sampling": ".sampling",
     "TransformersBackend": ".backends",
     "VLLMBackend": ".servers",
     "register_preference_loss": ".loss",
