@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +12,19 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import markdown
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, as long runs on a CPU are set up.
+
+    Otherwise glibc returns large tensors to the system and gets them back page by page, which takes longer than what is computed with
+    them, and how often depends on where in the heap a side happens to lie.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_MMAP_THRESHOLD at its maximum, M_TRIM_THRESHOLD, M_TOP_PAD.
+        if not all(mallopt(option, value) for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**28))):
+            raise OSError("malloc refused its settings.")
 
 
 def allocated_peak(function: Callable[[], Any]) -> float:
