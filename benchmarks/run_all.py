@@ -7,6 +7,8 @@ import sys
 
 SCRIPTS = (
     "roselora_cost",
+    "neat_cost",
+    "neat_facts",
     "overtone_cost",
     "memorised_facts",
     "overtone_world",

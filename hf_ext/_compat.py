@@ -39,6 +39,11 @@ def map_nested(cls: type, function: Callable[[Any], Any], nested: Any) -> Any:
     return tree_map_only(cls, function, nested)
 
 
+def tensor_places(module: Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries in which a module holds its own parameters and buffers: the public ways to them are too slow for every forward pass."""
+    return module._parameters, module._buffers
+
+
 # -- PEFT ------------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +136,27 @@ def allow_hotswap(name: str) -> None:
     from peft.utils import hotswap
 
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType[name]] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def layer_features(module: Module) -> tuple[int, int]:
+    """(inputs, outputs) of any layer that PEFT knows, quantised ones included; every tuner of PEFT asks this, and it is not exported.
+
+    Raises:
+        ValueError: PEFT cannot tell.
+    """
+    from peft.tuners.tuners_utils import _get_in_out_features
+
+    inputs, outputs = _get_in_out_features(module)
+    if inputs is None or outputs is None:
+        raise ValueError(f"a layer of type {type(module).__name__} does not say how many inputs and outputs it has.")
+    return inputs, outputs
+
+
+def saved_buffers() -> Any:
+    """A dictionary of buffers by adapter that are saved with it: PEFT's `BufferDict`, which it does not export."""
+    from peft.tuners._buffer_dict import BufferDict
+
+    return BufferDict(persistent=True)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -241,7 +241,34 @@ ROSERAG = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG)
+NEAT = Method(
+    slug="neat",
+    name="NEAT",
+    kind="PEFT type",
+    summary="an update that a small network computes from the frozen weight itself: nonlinear in the weight, at the cost of LoRA",
+    paper_title="NEAT: Nonlinear Parameter-efficient Adaptation of Pre-trained Models",
+    arxiv="2410.01870",
+    citation="""@misc{zhong2024neat,
+  title         = {NEAT: Nonlinear Parameter-efficient Adaptation of Pre-trained Models},
+  author        = {Zhong, Yibo and Jiang, Haoxiang and Li, Lincan and Nakada, Ryumei and Liu, Tianci and Zhang, Linjun and Yao, Huaxiu and Wang, Haoyu},
+  year          = {2024},
+  eprint        = {2410.01870},
+  archivePrefix = {arXiv},
+}""",
+    entry_points={
+        "NeatConfig": "hf_ext.tuners.neat",
+        "NeatModel": "hf_ext.tuners.neat",
+        "accelerate_peanut": "hf_ext.tuners.neat",
+    },
+    changes="Each adapted weight is changed by a matrix of rank at most `r` that a small network computed from the weight itself.",
+    limits=(
+        "The update depends on the base weights: on another precision, quantisation or revision of the base it is another update.",
+        "Its updates are among those that LoRA of the same rank can express; what differs is how they are reached.",
+    ),
+    peft_type="NEAT",
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT)
 
 
 def method(slug: str) -> Method:

@@ -43,6 +43,30 @@ def test_hotswap_table_is_where_we_expect_it():
     assert hotswap.CONFIG_KEYS_TO_CHECK[PeftType.ROSELORA] == hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
 
 
+def test_places_of_tensors_are_where_modules_look_them_up():
+    layer = torch.nn.BatchNorm1d(2)
+    parameters, buffers = _compat.tensor_places(layer)
+    assert parameters["weight"] is layer.weight and buffers["running_mean"] is layer.running_mean
+    layer.weight = torch.nn.Parameter(torch.zeros(2))
+    assert parameters["weight"] is layer.weight
+
+
+def test_layers_say_what_goes_in_and_out():
+    assert _compat.layer_features(torch.nn.Linear(3, 5)) == (3, 5)
+    assert _compat.layer_features(torch.nn.Conv2d(2, 4, 3)) == (2, 4)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="a layer of type ReLU does not say how many inputs"),
+    ):
+        _compat.layer_features(torch.nn.ReLU())
+
+
+def test_buffers_of_adapters_are_saved():
+    buffers = _compat.saved_buffers()
+    buffers["default"] = torch.ones(())
+    assert list(buffers.state_dict()) == ["default"]
+
+
 def test_an_unregistered_type_is_named():
     with pytest.raises(RuntimeError, match=r"PeftType.UNKNOWN is not registered; call hf_ext.tuners.register"):
         _compat.peft_type("UNKNOWN")

@@ -12,12 +12,16 @@ def register() -> dict[str, bool]:
     """
     from hf_ext._compat import allow_hotswap, extend_peft_type, register_tuner
 
-    # The member comes first: a configuration names it as soon as it is made.
-    extend_peft_type("ROSELORA")
+    # The members come first: a configuration names its own as soon as it is made.
+    for name in ("ROSELORA", "NEAT"):
+        extend_peft_type(name)
+    from hf_ext.tuners.neat import NeatConfig, NeatModel
     from hf_ext.tuners.roselora import RoseLoraConfig, RoseLoraModel
 
-    ours = {"ROSELORA": register_tuner("ROSELORA", RoseLoraConfig, RoseLoraModel, prefix="lora_")}
-    for name, is_ours in ours.items():
-        if is_ours:
-            allow_hotswap(name)
+    ours = {
+        "ROSELORA": register_tuner("ROSELORA", RoseLoraConfig, RoseLoraModel, prefix="lora_"),
+        "NEAT": register_tuner("NEAT", NeatConfig, NeatModel, prefix="peanut_"),
+    }
+    if ours["ROSELORA"]:
+        allow_hotswap("ROSELORA")
     return ours

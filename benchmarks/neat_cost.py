@@ -1,0 +1,137 @@
+"""What a step and an evaluation of NEAT cost next to PEFT's PEANUT, the same method, and to LoRA, on Gemma 3 270M.
+
+Adapters of rank 32, PEFT's default, on all linear layers of the blocks, in float32; a step is forward, backward and AdamW on one row, of which the
+output layer reads four tokens, so that the vocabulary does not hide what the adapters cost. One side trains nothing: gradients of activations alone. NEAT and PEANUT run with equal
+parameters (`side="output"`), and give equal outputs. Evaluation is a forward pass of one token, for which NEAT keeps what it computed
+from the weights. Memory is what a step needs at most above the one that trains nothing. PEANUT makes and frees matrices of the size of the weights,
+which costs more where malloc returns them to the system, as glibc's does; training is measured both ways.
+
+    python -m benchmarks.neat_cost
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeanutConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import markdown, write
+from benchmarks.cost import allocated_peak, compare, keep_freed_memory, show
+from hf_ext import NeatConfig
+from hf_ext.demo.model import embedded_model
+
+NAME, SEED, REPEATS = "neat_cost", 0, 7
+RANK, TOKENS, PASSES = 32, (128, 512), 5
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def build(config: PeftConfig | None) -> Any:
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
+    if config is None:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        return model
+    return get_peft_model(model, config)
+
+
+def ids(tokens: int) -> torch.Tensor:
+    return torch.randint(3, 200_000, (1, tokens), generator=torch.Generator().manual_seed(SEED))
+
+
+def trainer(model: Any, tokens: int) -> Callable[[], None]:
+    parameters = [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)]
+    optimizer, base, row = torch.optim.AdamW(parameters, lr=1e-4, fused=True), model, ids(tokens)
+    if hasattr(model, "get_base_model"):
+        base = model.get_base_model()
+
+    def step() -> None:
+        hidden = base.model(input_ids=row, use_cache=False).last_hidden_state[:, -5:-1]
+        torch.nn.functional.cross_entropy(base.lm_head(hidden).flatten(0, 1), row[0, -4:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def reader(model: Any) -> Callable[[], None]:
+    base, row = model.get_base_model(), ids(1)
+
+    @torch.no_grad()
+    def read() -> None:
+        for _ in range(PASSES):
+            base.model(input_ids=row, use_cache=False)
+
+    return read
+
+
+def sides(peer: str) -> tuple[Any, Any]:
+    """Ours and the peer."""
+    shared = dict(r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    if peer == "PEANUT":
+        return build(NeatConfig(**shared, side="output", normalize=False)), build(PeanutConfig(**shared))
+    return build(NeatConfig(**shared)), build(LoraConfig(**shared, lora_alpha=RANK))
+
+
+def training(peer: str, note: str = "") -> list[dict[str, Any]]:
+    ours, theirs = sides(peer)
+    floor, rows = build(None), []
+    for tokens in TOKENS:
+        row = compare(trainer(ours, tokens), trainer(theirs, tokens), repeats=REPEATS)
+        nothing = allocated_peak(trainer(floor, tokens))
+        row["extra_mib"] = {side: row["peak_mib"][side] - nothing for side in ("ours", "peer")}
+        rows.append({"name": f"step on {tokens} tokens{note}, against {peer}", **row})
+        show(rows[-1]["name"], row)
+    gc.collect()
+    return rows
+
+
+def frozen() -> list[dict[str, Any]]:
+    """What nothing goes below."""
+    _, theirs = sides("PEANUT")
+    floor, rows = build(None), []
+    for tokens in TOKENS:
+        row = compare(trainer(floor, tokens), trainer(theirs, tokens), repeats=REPEATS)
+        rows.append({"name": f"nothing trained, {tokens} tokens, against PEANUT", **row})
+        show(rows[-1]["name"], row)
+    gc.collect()
+    return rows
+
+
+def reading(peer: str) -> dict[str, Any]:
+    ours, theirs = sides(peer)
+    row = compare(reader(ours.eval()), reader(theirs.eval()), repeats=3 * REPEATS)
+    show(peer, row)
+    return {"name": f"one token, against {peer}", **row}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    seconds, extra = row["seconds"], row.get("extra_mib")
+    return [
+        row["name"],
+        f"{1000 * seconds['ours']:.0f} / {1000 * seconds['peer']:.0f}",
+        f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
+        f"{extra['ours']:.0f} / {extra['peer']:.0f}" if extra else "",
+        f"{extra['ours'] / extra['peer']:.2f}" if extra else "",
+    ]
+
+
+def main() -> None:
+    results = [*training("PEANUT"), *training("LoRA"), *frozen(), *map(reading, ("PEANUT", "LoRA"))]
+    keep_freed_memory()
+    results += training("PEANUT", ", freed memory kept")
+    head = ["work", "CPU ms, ours / peer", "ratio [min, max]", "extra MiB, ours / peer", "ratio"]
+    note = (
+        f"Gemma 3 270M in float32, rank {RANK}, all linear layers of the blocks. Medians of {REPEATS} pairs, {3 * REPEATS} for one token, which is {PASSES} passes; "
+        f"{torch.get_num_threads()} threads. Extra memory: above a step that trains nothing. `python -m benchmarks.neat_cost` repeats it."
+    )
+    table = f"{markdown(head, [cells(row) for row in results])}\n\n{note}"
+    write(NAME, {"command": "python -m benchmarks.neat_cost", "seed": SEED, "results": results, "table": table})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What every tuner of ours is tested on: the tuners, and small models of the families that people adapt.
+
+A new tuner is one more entry of `TUNERS`; what it does not do is one more entry of its `refusals`, which docs/TUNERS.md lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_ext import NeatConfig, RoseLoraConfig
+
+DECODER = dict(
+    vocab_size=99,
+    hidden_size=64,
+    intermediate_size=128,  # bitsandbytes' 4-bit kernel on CPU needs a multiple of its block
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+IDS = torch.randint(3, 99, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        build: the model, random weights.
+        inputs: of a forward pass that returns a loss, if the model computes one.
+        linear: names of two kinds of linear layers.
+        blocks: how the output blocks of the model are called, for tuners that change hidden states.
+        task: of `PeftConfig`.
+        convolution: name of a convolution.
+        embedding: name of an embedding.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: dict[str, Any]
+    linear: tuple[str, str]
+    task: str | None = "CAUSAL_LM"
+    convolution: str | None = None
+    embedding: str | None = None
+
+
+def _decoder(kind: type, config: type, **more: Any) -> Callable[[], nn.Module]:
+    return lambda: kind(config(**DECODER, **more))
+
+
+FAMILIES = {
+    "llama": Family(
+        _decoder(LlamaForCausalLM, LlamaConfig),
+        dict(input_ids=IDS, labels=IDS),
+        ("q_proj", "up_proj"),
+        embedding="embed_tokens",
+    ),
+    "qwen3": Family(_decoder(Qwen3ForCausalLM, Qwen3Config), dict(input_ids=IDS, labels=IDS), ("v_proj", "down_proj")),
+    "gemma3": Family(
+        _decoder(
+            Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+        ),
+        dict(input_ids=IDS, labels=IDS),
+        ("q_proj", "gate_proj"),
+    ),
+    "gpt2": Family(
+        lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=99,
+                n_embd=64,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        ),
+        dict(input_ids=IDS, labels=IDS),
+        ("c_attn", "c_fc"),
+    ),
+    "t5": Family(
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=99, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        ),
+        dict(input_ids=IDS, labels=IDS[:, :6].contiguous()),
+        ("q", "wo"),
+        task="SEQ_2_SEQ_LM",
+    ),
+    "bert": Family(
+        lambda: BertForSequenceClassification(
+            BertConfig(
+                vocab_size=99,
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=96,
+                max_position_embeddings=64,
+            )
+        ),
+        dict(input_ids=IDS, labels=torch.tensor([0, 1, 0])),
+        ("query", "output.dense"),
+        task="SEQ_CLS",
+        embedding="word_embeddings",
+    ),
+    "vit": Family(
+        lambda: ViTForImageClassification(
+            ViTConfig(
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=96,
+                image_size=8,
+                patch_size=4,
+                num_labels=3,
+            )
+        ),
+        dict(
+            pixel_values=torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+            labels=torch.tensor([0, 1, 2]),
+        ),
+        ("q_proj", "fc1"),
+        task=None,
+        convolution="projection",
+    ),
+    "unet": Family(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            in_channels=2,
+            out_channels=2,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+        ),
+        dict(
+            sample=torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
+            timestep=torch.tensor(3),
+            encoder_hidden_states=torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)),
+        ),
+        ("to_q", "to_v"),
+        task=None,
+        convolution="conv1",
+    ),
+}
+GENERATING = ("llama", "qwen3", "gemma3", "gpt2")
+
+
+def build(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return FAMILIES[family].build().eval()
+
+
+def output(model: nn.Module, family: str) -> Tensor:
+    """What a model computes."""
+    return model(**FAMILIES[family].inputs)[0 if family == "unet" else "logits"]
+
+
+def loss(model: nn.Module, family: str) -> Tensor:
+    return output(model, family).square().mean() if family == "unet" else model(**FAMILIES[family].inputs).loss
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a tuner says no to, instead of doing something else.
+
+    Attributes:
+        situation, reason: as docs/TUNERS.md tells them.
+        attempt: raises a `ValueError`.
+        error: what it says, as a regular expression.
+    """
+
+    situation: str
+    reason: str
+    attempt: Callable[[], Any]
+    error: str
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A tuner and what it claims.
+
+    Attributes:
+        name: for people.
+        config: (identity at the start, options) -> configuration.
+        merges: whether it can be merged into the weights.
+        layers: what it adapts besides linear layers.
+        refusals: what it does not do, for the table of docs/TUNERS.md.
+    """
+
+    name: str
+    config: Callable[..., PeftConfig]
+    merges: bool = True
+    layers: frozenset[str] = frozenset()
+    refusals: tuple[Refusal, ...] = ()
+
+
+def _roselora(identity: bool | str, **options: Any) -> PeftConfig:
+    return RoseLoraConfig(
+        **{"r": 4, "t_init": 2, "t_final": 4, "sparsity": 0.5, "init_lora_weights": identity, **options}
+    )
+
+
+def _neat(identity: bool, **options: Any) -> PeftConfig:
+    return NeatConfig(**{"r": 4, "depth": 1, "init_weights": identity, **options})
+
+
+def _away() -> nn.Module:
+    class Away(nn.Linear):
+        """Its weight is there only while it computes."""
+
+    layer = Away(4, 4)
+    layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    return nn.ModuleDict({"linear": layer})
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+def _grouped() -> nn.Module:
+    return nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
+
+
+TUNERS = (
+    Tuner(
+        "RoseLoRA",
+        _roselora,
+        layers=frozenset({"convolution", "embedding"}),
+        refusals=(
+            Refusal(
+                "DoRA, QA-LoRA, aLoRA, Arrow and other variants of LoRA",
+                "they change the forward pass, so that sparse factors are no sparse update",
+                lambda: _roselora(True, use_dora=True),
+                "use_dora=True cannot be combined with RoseLoRA",
+            ),
+            Refusal(
+                "PiSSA, OLoRA and other starts from dense factors",
+                "pruning would destroy what they start from",
+                lambda: _roselora("pissa"),
+                "init_lora_weights='pissa' starts from dense factors",
+            ),
+            Refusal(
+                "`get_peft_model(..., mixed=True)`",
+                "PEFT builds the layers of mixed models itself, and nothing would prune them",
+                lambda: get_peft_model(build("llama"), _roselora(True, target_modules=["q_proj"]), mixed=True),
+                "'ROSELORA' is not compatible",
+            ),
+        ),
+    ),
+    Tuner(
+        "NEAT",
+        _neat,
+        layers=frozenset({"convolution"}),
+        refusals=(
+            Refusal(
+                "embeddings",
+                "the rows of an embedding are looked up, not multiplied",
+                lambda: get_peft_model(build("llama"), _neat(True, target_modules=["embed_tokens"])),
+                "embed_tokens' is a layer of type Embedding",
+            ),
+            Refusal(
+                "`nn.MultiheadAttention`",
+                "it hands its weights to a fused function, past every layer that could stand in their place",
+                lambda: get_peft_model(_Attention(), _neat(True, target_modules=["attention"])),
+                "'attention' is a layer of type MultiheadAttention",
+            ),
+            Refusal(
+                "convolutions with groups, or with padding other than zeros",
+                "the network reads a weight as one matrix of inputs and outputs; padding is that of the base layer alone",
+                lambda: get_peft_model(_grouped(), _neat(True, target_modules=["conv"])),
+                "groups=2",
+            ),
+            Refusal(
+                '`side="output"` on GPTQ, AWQ, AQLM, EETQ and offloaded weights',
+                "these layers multiply by their weight and do not show its columns",
+                lambda: get_peft_model(_away(), _neat(True, side="output", target_modules=["linear"])),
+                "side='output' reads the columns of a weight, which Away does not give",
+            ),
+            Refusal(
+                "`get_peft_model(..., mixed=True)`",
+                "PEFT mixes six types of its own",
+                lambda: get_peft_model(build("llama"), _neat(True, target_modules=["q_proj"]), mixed=True),
+                "'NEAT' is not compatible",
+            ),
+        ),
+    ),
+)
+
+
+def config(tuner: Tuner, family: str, identity: bool = False, **options: Any) -> PeftConfig:
+    """A configuration for a family; `identity=False` starts with an adapter that changes something."""
+    found = FAMILIES[family]
+    return tuner.config(identity, **{"target_modules": list(found.linear), "task_type": found.task, **options})

@@ -1,0 +1,43 @@
+"""Two processes, each with its own rows, train the adapter that one process trains on all of them."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tests.trainers.distributed import run_two_processes
+from tests.tuners.contract import IDS, TUNERS
+from tests.tuners.test_contract import adapted, trainable
+
+ROWS = torch.cat([IDS, IDS[:1].flip(1)])
+
+
+def train(model: nn.Module, rows: torch.Tensor, prepare=lambda model, optimizer: (model, optimizer)) -> nn.Module:
+    own = trainable(model).values()
+    wrapped, optimizer = prepare(model.train(), torch.optim.SGD(own, lr=0.1))
+    for _ in range(3):
+        wrapped(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def data_parallel(folder, run) -> dict[str, list]:
+    accelerator = Accelerator(cpu=True)
+    rows = ROWS.chunk(2)[accelerator.process_index]
+    tuner = next(tuner for tuner in TUNERS if tuner.name == run["tuner"])
+    model = train(adapted(tuner, "llama"), rows, accelerator.prepare)
+    found = {name: p.detach() for name, p in trainable(model).items()}
+    for name, both in accelerator.gather({name: p[None] for name, p in found.items()}).items():
+        assert torch.equal(both[0], both[1]), name
+    return {name: p.tolist() for name, p in found.items()}
+
+
+@pytest.mark.slow
+def test_ranks_agree_with_one_process(tmp_path):
+    results = run_two_processes(data_parallel, tmp_path, [{"tuner": tuner.name} for tuner in TUNERS])
+    for tuner, found in zip(TUNERS, results, strict=True):
+        alone = trainable(train(adapted(tuner, "llama"), ROWS))
+        assert set(found) == set(alone)
+        for name, value in found.items():
+            torch.testing.assert_close(torch.tensor(value), alone[name].detach(), rtol=1e-5, atol=1e-6)
