@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -155,13 +155,14 @@ def _check_base(shapes: Shapes, model: nn.Module, config: dict[str, Any]) -> Non
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # In a model that carries adapters already, the layers sit inside wrappers of the same name.
     modules = {_plain(name): module for name, module in base.named_modules()}
-    made_for = config.get("base_model_name_or_path")
+    made_for, prefix = config.get("base_model_name_or_path"), PEFT_TYPE_TO_PREFIX_MAPPING.get(config["peft_type"])
     remedy = f"the adapter was made for {made_for!r}" if made_for else "the adapter was made for another base model"
     for key in shapes:
         if key.startswith(_PREFIX):
-            # "<module>.weight", or "<module>.lora_A.weight".
-            parent = _plain(key.removeprefix(_PREFIX)).rpartition(".")[0]
-            if parent not in modules and parent.rpartition(".")[0] not in modules:
+            # "<module>.weight", "<module>.lora_A.weight", or deeper below the name that the type gives its own modules.
+            module, own, _ = _plain(key.removeprefix(_PREFIX)).partition(f".{prefix}")
+            parent = module.rpartition(".")[0]
+            if not ({module} if prefix and own else {parent, parent.rpartition(".")[0]}) & modules.keys():
                 raise ValueError(f"{WEIGHTS}: {type(base).__name__} has no module for {key!r}; {remedy}.")
     for name, factor, key in _factor_keys(shapes):
         expected = _features(modules[_plain(name)])

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from hf_ext import NeatConfig
 from hf_ext.model_cards import check_adapter
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, roselora_model
@@ -53,6 +55,19 @@ def test_good_adapters(adapter, tmp_path):
 def test_good_adapters_of_other_forms(tmp_path, fields):
     lora_model(**fields).save_pretrained(tmp_path, save_embedding_layers=False)
     check_adapter(tmp_path, make_tiny_llama())
+
+
+@pytest.mark.parametrize("name", ["peanut_A", "peanut_encoders.0"])
+def test_neat_adapters_name_their_layers(tmp_path, name):
+    config = NeatConfig(r=2, depth=1, target_modules=["q_proj"])
+    get_peft_model(make_tiny_llama(), config).save_pretrained(tmp_path)
+    check_adapter(tmp_path, make_tiny_llama())
+    key = f"base_model.model.model.layers.0.self_attn.q_proj.{name}.weight"
+    change_tensors(
+        tmp_path, lambda tensors: {k.replace(key, key.replace("q_proj", "absent")): v for k, v in tensors.items()}
+    )
+    with pytest.raises(ValueError, match=f"has no module for .*absent.{name}"):
+        check_adapter(tmp_path, make_tiny_llama())
 
 
 @pytest.mark.parametrize("kind", ["VeraConfig", "LoHaConfig", "IA3Config", "PromptTuningConfig"])
