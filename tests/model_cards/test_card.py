@@ -9,8 +9,10 @@ from types import MappingProxyType
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from hf_ext import NeatConfig
 from hf_ext.model_cards import build_card, validate
 from hf_ext.registry import OVERTONE, ROSELORA
 from tests.conftest import make_tiny_llama
@@ -126,6 +128,8 @@ def test_roselora_card():
     assert card.data.tags == ["hf_ext", "roselora", "base_model:adapter:user/tiny-base"]
     assert "import hf_ext" in section(card, "How to get started with the model")
     assert "save_as_lora" in section(card, "How to get started with the model")
+    neat = get_peft_model(make_tiny_llama(), NeatConfig(target_modules=["q_proj"]))
+    assert "hf_ext.tuners.neat.save_as_lora" in section(build_card(neat), "How to get started with the model")
     assert ROSELORA.paper_url in section(card, "Method") and ROSELORA.changes in section(card, "Method")
     assert ROSELORA.citation in section(card, "Citation")
     for limit in ROSELORA.limits:
