@@ -1,0 +1,1 @@
+"""BaFT: basis-level representation fine-tuning (https://huggingface.co/papers/2503.00306)."""
