@@ -1,6 +1,6 @@
 """RoseRAG on Gemma 3 270M: MiniLM finds the passages, the model writes its own pairs, and is asked with ever worse passages.
 
-The model is a base model without a chat template, so the prompt begins with two worked examples. All arms train the same LoRA on the same responses: accepted responses alone, the paper's
+The model is a base model without a chat template, so the prompt begins with a worked example. All arms train the same LoRA on the same responses: accepted responses alone, the paper's
 pairs, random pairs, and DPO on the paper's pairs. Questions for training and for testing are different ones.
 
     python -m benchmarks.rag.pretrained [--seeds 0 1 2]
@@ -38,8 +38,8 @@ from hf_ext.pipelines.roserag import DenseRetriever, RagPipeline, RagPrompts
 from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, Sampling, TransformersBackend
 
 NAME, SEEDS = "rag_pretrained", (0, 1, 2)
-TRAIN, TEST, PASSAGES, WORDS = 100, 60, 3, 60
-SAMPLES, EPOCHS, BATCH, RATES = 6, 2, 8, (2e-4, 5e-5)
+TRAIN, TEST, PASSAGES, WORDS = 80, 40, 2, 40
+NEW, SAMPLES, EPOCHS, BATCH, RATES = 48, 6, 2, 8, (2e-4, 5e-5)
 CONDITIONS = (Condition(), Condition(distractors=2), Condition(distractors=4), Condition(adversarial=1))
 ARMS: dict[str, tuple[dict[str, Any], str]] = {
     "SFT on accepted responses": ({"orpo_lambda": 0.0}, "hardest"),
@@ -47,7 +47,7 @@ ARMS: dict[str, tuple[dict[str, Any], str]] = {
     "ORPO, random pairs": ({}, "random"),
     "DPO, hardest pairs": ({"loss_type": ["margin_dpo"], "nll_weight": 0.0, "beta": 0.1}, "hardest"),
 }
-EXAMPLES = """Answer each question from its passages, with a short reasoning first.
+EXAMPLES = """Answer the question from its passages, with a short reasoning first.
 
 [1] Lyon: Lyon is a city in France on the Rhone.
 [2] Rhone: The Rhone flows into the Mediterranean Sea.
@@ -55,15 +55,7 @@ EXAMPLES = """Answer each question from its passages, with a short reasoning fir
 Question: Into which sea does the river of Lyon flow?
 
 Reasoning: Lyon lies on the Rhone [1], which flows into the Mediterranean Sea [2].
-Answer: Mediterranean Sea
-
-[1] Kenya: Kenya is a country in Africa.
-[2] Harper Lee: Harper Lee published To Kill a Mockingbird in 1960.
-
-Question: When was To Kill a Mockingbird published?
-
-Reasoning: Harper Lee published it in 1960 [2].
-Answer: 1960"""
+Answer: Mediterranean Sea"""
 PROMPTS = RagPrompts(
     system=EXAMPLES,
     question="{passages}\n\nQuestion: {question}",
@@ -97,7 +89,7 @@ def build(model: Any, tokenizer: Any, seed: int) -> Dataset:
             n_hinted=SAMPLES,
             n_unhinted=SAMPLES,
             n_docs=PASSAGES,
-            sampling=Sampling(0.8, 0.95, 64),
+            sampling=Sampling(0.8, 0.95, NEW),
             seed=seed,
             batch_size=4,
             cache_dir=folder.with_name(folder.name + "-work"),
@@ -130,7 +122,7 @@ def train(pairs: Dataset, settings: dict[str, Any], rate: float, seed: int, toke
 
 
 def measured(model: Any, tokenizer: Any) -> RagReport:
-    pipe = RagPipeline(model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=64)
+    pipe = RagPipeline(model=model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=NEW)
 
     def read(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Prompts of like length side by side.

@@ -5,11 +5,13 @@ A new tuner is one more entry of `TUNERS`; what it does not do is one more entry
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed.tensor
 from diffusers import UNet2DConditionModel
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -243,6 +245,20 @@ def _away() -> nn.Module:
     return nn.ModuleDict({"linear": layer})
 
 
+def _distributed() -> nn.Module:
+    """One process that holds all of a distributed weight."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+            layer = nn.Linear(4, 4)
+            layer.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(layer.weight.detach(), mesh))
+        finally:
+            torch.distributed.destroy_process_group()
+    return nn.ModuleDict({"linear": layer})
+
+
 class _Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -307,6 +323,12 @@ TUNERS = (
                 "these layers multiply by their weight and do not show its columns",
                 lambda: get_peft_model(_away(), _neat(True, side="output", target_modules=["linear"])),
                 "side='output' reads the columns of a weight, which Away does not give",
+            ),
+            Refusal(
+                "weights that are distributed already: tensor parallelism",
+                "the network reads whole rows or columns",
+                lambda: get_peft_model(_distributed(), _neat(True, target_modules=["linear"])),
+                "'linear' is a layer of type Linear whose weight is distributed",
             ),
             Refusal(
                 "`get_peft_model(..., mixed=True)`",

@@ -28,7 +28,10 @@ class Kept(NamedTuple):
 
 
 def keep(modules: Iterable[nn.Module], compute: Callable[[], Any]) -> Kept | None:
-    """`compute()` without gradients, as a value that depends on the own tensors of `modules`; None if changes of one are not counted."""
+    """`compute()` without gradients and autocast, as a value that depends on the own tensors of `modules`.
+
+    None if there are no such tensors, or changes of one are not counted.
+    """
     places = [
         (place, name, tensor)
         for module in modules
@@ -36,7 +39,7 @@ def keep(modules: Iterable[nn.Module], compute: Callable[[], Any]) -> Kept | Non
         for name, tensor in place.items()
         if tensor is not None
     ]
-    if any(tensor.is_inference() for _, _, tensor in places):
+    if not places or any(tensor.is_inference() for _, _, tensor in places):
         return None
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(places[0][2].device.type, enabled=False):
         return Kept(tuple((place, name, tensor, tensor._version) for place, name, tensor in places), compute())

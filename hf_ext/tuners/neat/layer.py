@@ -123,7 +123,7 @@ class NeatLayer(nn.Module, PeanutLayer):
     def _starting_gain(self, adapter_name: str) -> Tensor:
         first = _weight(self.peanut_A[adapter_name])
         if first.is_meta:  # about to be loaded, and PEFT would move a buffer that is not there
-            return torch.ones((), device=_weight(self.get_base_layer()).device)
+            return torch.ones((), device=self._get_base_layer_device_and_dtype(self.get_base_layer())[0])
         features = self._features(adapter_name)
         fan_in = self.r[adapter_name] if self.side[adapter_name] == "input" else len(features)
         return torch.tensor(gain_of(features, fan_in), device=first.device)

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_ext.tuners.neat.config import NeatConfig
@@ -87,6 +88,11 @@ def _check_supported(target: nn.Module, name: str, options: dict[str, Any]) -> N
     """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     kind = f"{name!r} is a layer of type {type(base).__name__}"
+    if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
+        raise ValueError(
+            f"{kind} whose weight is distributed: NEAT reads whole rows or columns of it. Add the adapter before the model is sharded, or load "
+            "the model without tensor parallelism."
+        )
     if isinstance(base, CONVOLUTIONS):
         if base.groups != 1 or base.padding_mode != "zeros":
             raise ValueError(

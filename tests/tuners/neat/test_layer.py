@@ -141,6 +141,15 @@ def test_features_are_computed_once_while_nothing_changes(monkeypatch):
     assert len(calls) == 2
 
 
+def test_what_is_kept_is_not_rounded_by_autocast():
+    layer, x = make_layer().eval(), torch.randn(4, 12)
+    expected = evaluate(layer, x)
+    layer.invalidate()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(evaluate(layer, x).float(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(evaluate(layer, x), expected)
+
+
 def test_copies_and_pickles_leave_the_kept_features_behind():
     layer, x = make_layer().eval(), torch.randn(4, 12)
     out = evaluate(layer, x)
