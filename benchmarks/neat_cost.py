@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeanutConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeanutConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import markdown, write
@@ -45,9 +45,8 @@ def ids(tokens: int) -> torch.Tensor:
 
 def trainer(model: Any, tokens: int) -> Callable[[], None]:
     parameters = [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)]
-    optimizer, base, row = torch.optim.AdamW(parameters, lr=1e-4, fused=True), model, ids(tokens)
-    if hasattr(model, "get_base_model"):
-        base = model.get_base_model()
+    optimizer, row = torch.optim.AdamW(parameters, lr=1e-4, fused=True), ids(tokens)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
 
     def step() -> None:
         hidden = base.model(input_ids=row, use_cache=False).last_hidden_state[:, -5:-1]

@@ -9,6 +9,7 @@ from peft.tuners.peanut import PeanutConfig
 from transformers.activations import ACT2FN
 
 from hf_ext._compat import peft_type
+from hf_ext.tuners.ranges import is_count
 
 SIDES = ("input", "output", "auto")
 
@@ -63,15 +64,15 @@ class NeatConfig(PeanutConfig):
             if not condition:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}.")
 
-        require(_is_count(self.r) and self.r > 0, "r", "give a positive width")
+        require(is_count(self.r) and self.r > 0, "r", "give a positive width")
         require(
-            _is_count(self.depth) and self.depth >= 0, "depth", "give the number of pairs of hidden layers, 0 or more"
+            is_count(self.depth) and self.depth >= 0, "depth", "give the number of pairs of hidden layers, 0 or more"
         )
         require(self.act_fn in ACT2FN or self.act_fn == "sin", "act_fn", f"choose 'sin' or one of {sorted(ACT2FN)}")
         require(self.side in SIDES, "side", f"choose one of {', '.join(map(repr, SIDES))}")
         require(0 <= self.dropout < 1, "dropout", "the share of inputs that are dropped lies in [0, 1)")
         for pattern, r in self.rank_pattern.items():
-            require(_is_count(r) and r > 0, "rank_pattern", f"give {pattern!r} a positive width")
+            require(is_count(r) and r > 0, "rank_pattern", f"give {pattern!r} a positive width")
         if self.lora_alpha is not None:
             # A saved configuration holds both, in agreement.
             require(
@@ -90,7 +91,3 @@ class NeatConfig(PeanutConfig):
         """The configuration with which NEAT is what PEFT's type PEANUT is: its fields, the side "output", nothing normalised."""
         shared = {f.name: getattr(config, f.name) for f in fields(PeanutConfig) if f.init and f.name != "peft_type"}
         return cls(**shared, side="output", normalize=False)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

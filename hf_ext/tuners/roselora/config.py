@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from peft import LoraConfig
 
 from hf_ext._compat import peft_type
+from hf_ext.tuners.ranges import is_count
 from hf_ext.tuners.roselora.reference import MASK_RULES
 
 # LoRA options that change the forward pass or the start of A and B in a way that a sparse B @ A cannot express.
@@ -153,8 +154,3 @@ class RoseLoraConfig(LoraConfig):
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_count(value: object) -> bool:
-    """Whether a limit counts steps (int) rather than being a fraction (float)."""
-    return isinstance(value, int) and not isinstance(value, bool)
