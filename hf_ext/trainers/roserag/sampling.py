@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def seed_of(*parts: object) -> int:
 class DrawByRow(LogitsProcessor):
     """Leave one token per row, drawn from its distribution by the row's own seed; to be followed by greedy decoding.
 
-    `torch.multinomial` draws for the whole batch at once, so that a row's tokens would depend on its place in it.
+    `torch.multinomial` draws for the whole batch at once, so that a row's tokens would depend on its place in it. With `top_p`, a row is
+    sorted only as far as its likely tokens reach: sorting whole vocabularies would take longer than a small model.
 
     Args:
         seeds: of every row.
@@ -55,15 +55,39 @@ class DrawByRow(LogitsProcessor):
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self._draws = [random.Random(seed) for seed in seeds]
-        self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for warper in self._warpers:
-            scores = warper(input_ids, scores)
-        cumulated = scores.double().softmax(-1).cumsum(-1)
-        draws = torch.tensor([draw.random() for draw in self._draws], dtype=torch.float64, device=scores.device)
-        # The total may differ from 1 in the last bit.
-        tokens = torch.searchsorted(cumulated, (draws * cumulated[:, -1])[:, None], right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.clamp(max=scores.shape[-1] - 1), 0.0)
+        probabilities_BV = (scores.float() / self._sampling.temperature).softmax(-1)
+        draws_B = torch.tensor([draw.random() for draw in self._draws], dtype=torch.float64, device=scores.device)
+        if self._sampling.top_p < 1:
+            tokens_B = _draw_likely(probabilities_BV, draws_B, self._sampling.top_p)
+        else:
+            tokens_B = _draw(probabilities_BV, draws_B)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens_B[:, None], 0.0)
+
+
+def _draw(weights_BV: Tensor, draws_B: Tensor) -> Tensor:
+    """The places, `(B,)`, at which numbers from [0, 1) fall if every row of weights is laid end to end."""
+    cumulated = weights_BV.double().cumsum(-1)
+    # The total may differ from 1 in the last bit.
+    places = torch.searchsorted(cumulated, (draws_B * cumulated[:, -1])[:, None], right=True)
+    return places[:, 0].clamp(max=weights_BV.shape[-1] - 1)
+
+
+def _draw_likely(probabilities_BV: Tensor, draws_B: Tensor, top_p: float) -> Tensor:
+    """Tokens, `(B,)`, drawn from the fewest likely ones whose probabilities reach `top_p`."""
+    rows, vocabulary = probabilities_BV.shape
+    tokens_B = torch.empty(rows, dtype=torch.long, device=probabilities_BV.device)
+    left = torch.arange(rows, device=probabilities_BV.device)
+    sorted_ones = 256
+    while len(left):
+        sorted_ones = min(sorted_ones, vocabulary)
+        likely, tokens = probabilities_BV[left].topk(sorted_ones)
+        before = likely.double().cumsum(-1) - likely
+        # How far a row is sorted depends on the row alone, and so does what is drawn.
+        enough = (before[:, -1] + likely[:, -1] >= top_p) | (sorted_ones == vocabulary)
+        chosen = _draw(likely.masked_fill(before >= top_p, 0.0)[enough], draws_B[left[enough]])
+        tokens_B[left[enough]] = tokens[enough].gather(1, chosen[:, None])[:, 0]
+        left, sorted_ones = left[~enough], sorted_ones * 16
+    return tokens_B

@@ -61,6 +61,20 @@ def test_draws_follow_the_distribution(temperature, top_p):
     assert chisquare(observed[possible], shares * observed[possible].sum()).pvalue > 1e-3
 
 
+def test_likely_tokens_are_found_however_many_they_are():
+    """A peaked row, a middling one and a flat one: each draws from its own nucleus, and as it would alone."""
+    spreads, vocabulary = (8.0, 2.0, 0.0), 5000
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0)) * torch.tensor(spreads)[:, None]
+    probabilities = logits.softmax(-1)
+    for seed in range(20):
+        batch = DrawByRow([seed] * 3, Sampling(1.0, 0.9))(torch.zeros(3, 1), logits).argmax(-1)
+        for row, token in enumerate(batch):
+            alone = DrawByRow([seed], Sampling(1.0, 0.9))(torch.zeros(1, 1), logits[row : row + 1]).argmax(-1)
+            assert token == alone
+            likelier = probabilities[row][probabilities[row] > probabilities[row, token]]
+            assert likelier.sum() < 0.9
+
+
 def test_seeds_are_the_same_everywhere():
     assert seed_of(0, "q1", "hinted", 3) == 1118331381 != seed_of(0, "q1", "hinted", 4)
     assert seed_of("é") < 2**31
