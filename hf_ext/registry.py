@@ -268,7 +268,36 @@ NEAT = Method(
     peft_type="NEAT",
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT)
+BAFT = Method(
+    slug="baft",
+    name="BaFT",
+    kind="PEFT type",
+    summary="knowledge editing in the hidden states: at a few tokens they are moved inside a learnt subspace, each direction as far as the input asks for",
+    paper_title="Unlocking Efficient, Scalable, and Continual Knowledge Editing with Basis-Level Representation Fine-Tuning",
+    arxiv="2503.00306",
+    citation="""@inproceedings{liu2025baft,
+  title     = {Unlocking Efficient, Scalable, and Continual Knowledge Editing with Basis-Level Representation Fine-Tuning},
+  author    = {Liu, Tianci and Li, Ruirui and Qi, Yunzhe and Liu, Hui and Tang, Xianfeng and Zheng, Tianqi and Yin, Qingyu and Cheng, Monica Xiao and Huan, Jun and Wang, Haoyu and Gao, Jing},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  eprint    = {2503.00306},
+  archivePrefix = {arXiv},
+}""",
+    entry_points={
+        "BaftConfig": "hf_ext.tuners.baft",
+        "BaftModel": "hf_ext.tuners.baft",
+        "BaftTrainer": "hf_ext.trainers.baft",
+        "BaftTrainerConfig": "hf_ext.trainers.baft",
+    },
+    changes="No weight is changed: at chosen tokens, the hidden states after the edited blocks are moved inside a subspace of `r` directions, each as far as a gate lets it.",
+    limits=(
+        "It cannot be merged into the weights, so that it is used with this package.",
+        "It acts at the tokens that `positions` names, which follow from where a prompt ends: score a prompt and an answer together with `labels` or `prompt_mask`.",
+    ),
+    peft_type="BAFT",
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT)
 
 
 def method(slug: str) -> Method:

@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_ext.tuners.baft.ledger import layers_of
+
 # Attribute of a patched model: the forward it had before a trainer touched it (`None`: its class's own).
 _BEFORE = "_forward_before_training"
 
@@ -117,7 +119,10 @@ class AnswersOnly:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
             return self._model(*args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
+        whole = kwargs.pop("labels")
+        if layers_of(self._base):  # adapters that ask where the prompts end
+            kwargs["intervention_labels"] = whole
+        labels = whole[:, 1:]
         mask = labels != -100
         with _narrowed(self._base, nn.functional.pad(mask, (0, 1))):
             outputs = self._model(*args, **kwargs, shift_labels=labels[mask][None])

@@ -16,13 +16,17 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_ext.trainers.output_layer import score_answers
+from hf_ext.tuners.baft.ledger import layers_of
 
 
 def can_share_prefix(model: nn.Module, base: PreTrainedModel) -> bool:
     """Whether the cache of this model can be copied and continued at any position: attention alone, with position ids.
 
-    Prompt learning puts virtual tokens in front of every call, so that a cache would have them twice.
+    Prompt learning puts virtual tokens in front of every call, so that a cache would have them twice. BaFT asks where the prompts end, which a part of the
+    model is not told.
     """
+    if layers_of(base):
+        return False
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
     if not {"position_ids", "past_key_values"} <= set(inspect.signature(type(base.base_model).forward).parameters):

@@ -13,14 +13,16 @@ def register() -> dict[str, bool]:
     from hf_ext._compat import allow_hotswap, extend_peft_type, register_tuner
 
     # The members come first: a configuration names its own as soon as it is made.
-    for name in ("ROSELORA", "NEAT"):
+    for name in ("ROSELORA", "NEAT", "BAFT"):
         extend_peft_type(name)
+    from hf_ext.tuners.baft import BaftConfig, BaftModel
     from hf_ext.tuners.neat import NeatConfig, NeatModel
     from hf_ext.tuners.roselora import RoseLoraConfig, RoseLoraModel
 
     ours = {
         "ROSELORA": register_tuner("ROSELORA", RoseLoraConfig, RoseLoraModel, prefix="lora_"),
         "NEAT": register_tuner("NEAT", NeatConfig, NeatModel, prefix="peanut_"),
+        "BAFT": register_tuner("BAFT", BaftConfig, BaftModel, prefix="baft_"),
     }
     if ours["ROSELORA"]:
         allow_hotswap("ROSELORA")

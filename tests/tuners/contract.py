@@ -32,7 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_ext import NeatConfig, RoseLoraConfig
+from hf_ext import BaftConfig, NeatConfig, RoseLoraConfig
 
 DECODER = dict(
     vocab_size=99,
@@ -58,7 +58,6 @@ class Family:
         build: the model, random weights.
         inputs: of a forward pass that returns a loss, if the model computes one.
         linear: names of two kinds of linear layers.
-        blocks: how the output blocks of the model are called, for tuners that change hidden states.
         task: of `PeftConfig`.
         convolution: name of a convolution.
         embedding: name of an embedding.
@@ -197,7 +196,7 @@ class Refusal:
 
     Attributes:
         situation, reason: as docs/TUNERS.md tells them.
-        attempt: raises a `ValueError`.
+        attempt: raises a `ValueError`, or a `NotImplementedError` where PEFT asks for one.
         error: what it says, as a regular expression.
     """
 
@@ -214,15 +213,21 @@ class Tuner:
     Attributes:
         name: for people.
         config: (identity at the start, options) -> configuration.
+        families: of `FAMILIES`, those that it adapts.
         merges: whether it can be merged into the weights.
+        linear: whether it adapts linear layers.
         layers: what it adapts besides linear layers.
+        rounding: how far a fresh adapter may be from none.
         refusals: what it does not do, for the table of docs/TUNERS.md.
     """
 
     name: str
     config: Callable[..., PeftConfig]
+    families: tuple[str, ...] = tuple(FAMILIES)
     merges: bool = True
+    linear: bool = True
     layers: frozenset[str] = frozenset()
+    rounding: float = 0.0
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -234,6 +239,10 @@ def _roselora(identity: bool | str, **options: Any) -> PeftConfig:
 
 def _neat(identity: bool, **options: Any) -> PeftConfig:
     return NeatConfig(**{"r": 4, "depth": 1, "init_weights": identity, **options})
+
+
+def _baft(identity: bool, **options: Any) -> PeftConfig:
+    return BaftConfig(**{"r": 4, "layers": "all", "positions": "f1+l1+tail", "init_weights": identity, **options})
 
 
 def _away() -> nn.Module:
@@ -338,10 +347,57 @@ TUNERS = (
             ),
         ),
     ),
+    Tuner(
+        "BaFT",
+        _baft,
+        families=("llama", "qwen3", "gemma3", "gpt2", "bert", "vit"),
+        merges=False,
+        linear=False,
+        rounding=1e-6,
+        refusals=(
+            Refusal(
+                "merging into the weights",
+                "how far a hidden state is moved depends on the state",
+                lambda: get_peft_model(build("llama"), _baft(True)).merge_and_unload(),
+                "BaFT cannot be merged into the weights",
+            ),
+            Refusal(
+                "models with an encoder and a decoder, such as T5",
+                "positions are those of prompt and answer in one sequence",
+                lambda: get_peft_model(build("t5"), _baft(True)),
+                "T5ForConditionalGeneration has an encoder and a decoder",
+            ),
+            Refusal(
+                "models that are not of transformers, such as the UNet",
+                "which tokens are a prompt is read from the arguments of the model",
+                lambda: get_peft_model(build("unet"), _baft(True)),
+                "UNet2DConditionModel is no model of transformers",
+            ),
+            Refusal(
+                '`target_modules="all-linear"`',
+                "it edits what blocks put out",
+                lambda: _baft(True, target_modules="all-linear"),
+                "BaFT edits what blocks put out",
+            ),
+            Refusal(
+                "training without labels, where positions depend on the end of a prompt",
+                "every token would be taken for the prompt",
+                lambda: get_peft_model(build("llama"), _baft(True)).train()(input_ids=IDS),
+                "a training step without labels does not say where the prompts end",
+            ),
+            Refusal(
+                "`get_peft_model(..., mixed=True)`",
+                "PEFT mixes six types of its own",
+                lambda: get_peft_model(build("llama"), _baft(True), mixed=True),
+                "'BAFT' is not compatible",
+            ),
+        ),
+    ),
 )
 
 
 def config(tuner: Tuner, family: str, identity: bool = False, **options: Any) -> PeftConfig:
     """A configuration for a family; `identity=False` starts with an adapter that changes something."""
     found = FAMILIES[family]
-    return tuner.config(identity, **{"target_modules": list(found.linear), "task_type": found.task, **options})
+    targets = {"target_modules": list(found.linear)} if tuner.linear else {}
+    return tuner.config(identity, **{**targets, "task_type": found.task, **options})

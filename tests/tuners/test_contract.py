@@ -23,8 +23,9 @@ from transformers import BitsAndBytesConfig
 
 from tests.tuners.contract import FAMILIES, GENERATING, IDS, TUNERS, Tuner, build, config, loss, output
 
-MATRIX = [pytest.param(tuner, family, id=f"{tuner.name}-{family}") for tuner in TUNERS for family in FAMILIES]
+MATRIX = [pytest.param(tuner, family, id=f"{tuner.name}-{family}") for tuner in TUNERS for family in tuner.families]
 EACH = [pytest.param(tuner, id=tuner.name) for tuner in TUNERS]
+LINEAR = [pytest.param(tuner, id=tuner.name) for tuner in TUNERS if tuner.linear]
 DECODERS = [pytest.param(tuner, family, id=f"{tuner.name}-{family}") for tuner in TUNERS for family in GENERATING]
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 # Tensors that are read from a file lie at other addresses, which changes the last bit of products.
@@ -68,7 +69,8 @@ def train(model, family: str, steps: int = 3, rate: float = 1e-2) -> list[float]
 @torch.no_grad()
 def test_starts_as_the_base_model(tuner, family):
     expected = output(build(family), family)
-    assert torch.equal(output(adapted(tuner, family, identity=True), family), expected)
+    fresh = output(adapted(tuner, family, identity=True), family)
+    torch.testing.assert_close(fresh, expected, rtol=0, atol=tuner.rounding)
     assert not torch.allclose(output(adapted(tuner, family), family), expected)
 
 
@@ -91,7 +93,9 @@ def test_saves_and_loads_bit_for_bit(tuner, family, tmp_path):
     assert PeftConfig.from_pretrained(tmp_path).peft_type == model.peft_config["default"].peft_type
     for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
         loaded = PeftModel.from_pretrained(build(family), tmp_path, **options).eval()
-        assert torch.equal(output(loaded, family), expected)
+        found = {name.replace(".other", ".default"): value for name, value in loaded.state_dict().items()}
+        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+        torch.testing.assert_close(output(loaded, family), expected, **SAME)
         assert not trainable(loaded)
     trainable_again = PeftModel.from_pretrained(build(family), tmp_path, is_trainable=True)
     assert set(trainable(trainable_again)) == set(trainable(model))
@@ -280,7 +284,7 @@ def test_generates_alike_with_and_without_cache_beams_and_padding(tuner, family)
 # -- ways in -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tuner", EACH)
+@pytest.mark.parametrize("tuner", LINEAR)
 def test_targets_by_name_expression_and_all(tuner):
     def names(**options) -> set[str]:
         model = get_peft_model(build("llama"), tuner.config(True, task_type="CAUSAL_LM", **options))
@@ -298,7 +302,7 @@ def test_targets_by_name_expression_and_all(tuner):
         names(target_modules=["absent"])
 
 
-@pytest.mark.parametrize("tuner", EACH)
+@pytest.mark.parametrize("tuner", LINEAR)
 @pytest.mark.parametrize(("kind", "family"), [("convolution", "vit"), ("convolution", "unet"), ("embedding", "llama")])
 def test_other_kinds_of_layers(tuner, kind, family):
     name = getattr(FAMILIES[family], kind)
@@ -326,6 +330,8 @@ def test_auto_classes(tuner, tmp_path):
         "vit": AutoPeftModel,
     }
     for family, auto in classes.items():
+        if family not in tuner.families:
+            continue
         base = build(family)
         base.save_pretrained(tmp_path / family / "base")
         base.name_or_path = str(tmp_path / family / "base")
@@ -359,7 +365,7 @@ def test_injected_through_transformers(tuner, family, tmp_path):
     torch.testing.assert_close(output(loaded, family), expected, **SAME)
 
 
-@pytest.mark.parametrize("tuner", EACH)
+@pytest.mark.parametrize("tuner", [p for p in EACH if "unet" in p.values[0].families])
 def test_injected_through_diffusers(tuner):
     model = build("unet")
     plain = output(model, "unet").detach()
@@ -432,7 +438,7 @@ def test_modules_to_save_and_status(tuner, tmp_path):
     [pytest.param(r, id=f"{tuner.name}-{r.situation[:20]}") for tuner in TUNERS for r in tuner.refusals],
 )
 def test_refusals(refusal):
-    with pytest.raises(ValueError, match=refusal.error):
+    with pytest.raises((ValueError, NotImplementedError), match=refusal.error):
         refusal.attempt()
 
 

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of a call, P tokens of a prompt.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,17 @@ from torch import Tensor
 IGNORED = -100  # label of tokens that are no answer
 
 
-@dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """What the grammar says: numbers of first and last tokens of a prompt, and whether the tail, or every token, is edited."""
 
     first: int = 0
     last: int = 0
     tail: bool = False
     everything: bool = False
+
+    def need_ends(self) -> bool:
+        """Whether they depend on where a prompt ends."""
+        return (self.last > 0 or self.tail) and not self.everything
 
 
 def parse_positions(text: str) -> Positions:
