@@ -9,6 +9,8 @@ SCRIPTS = (
     "roselora_cost",
     "neat_cost",
     "neat_facts",
+    "baft_cost",
+    "baft_world",
     "overtone_cost",
     "memorised_facts",
     "overtone_world",

@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftType
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
 from transformers import AutoConfig, DeepseekV3Config, DogeConfig, DogeForCausalLM, GPT2Config, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -153,6 +154,27 @@ def test_hooks_of_a_checkpointed_layer_run_once(tiny_llama):
     tiny_llama.gradient_checkpointing_enable()
     tiny_llama.train()(torch.tensor([[5, 6]])).logits.sum().backward()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_prepare_adapter_config", ["peft_config", "model_config"]),
+        ("_prepare_model", ["peft_config", "model"]),
+        ("_cast_adapter_dtype", ["adapter_name", "autocast_adapter_dtype"]),
+    ],
+)
+def test_hooks_of_tuners(name, parameters):
+    """Where PEFT lets a tuner in; `_create_and_replace` is abstract, and a renamed one would be missed at once."""
+    found = [p for p in inspect.signature(getattr(BaseTuner, name)).parameters if p != "self"]
+    assert found == parameters
+
+
+def test_generation_and_forward_tell_tuners_what_they_were_called_with():
+    """The hook is looked up by name on the tuner."""
+    assert 'hasattr(self.base_model, "_enable_peft_forward_hooks")' in inspect.getsource(PeftModel)
+    source = inspect.getsource(PeftModelForCausalLM.generate)
+    assert "self._enable_peft_forward_hooks(*args, **kwargs)" in source
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class BaftModel(BaseTuner):
                 layer = cast(BaftLayer, block.get_submodule(_ATTACHED))
                 layer.hook.remove()
                 layer.calls.detach()
-                del block._modules[_ATTACHED]
+                delattr(block, _ATTACHED)
         return super().unload()
 
 

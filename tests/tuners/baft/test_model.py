@@ -261,6 +261,38 @@ def test_gates(gate, tmp_path):
 
 
 @torch.no_grad()
+def test_two_adapters_at_once_follow_each_other():
+    model = adapted(layers=[0], positions="all")
+    torch.manual_seed(1)
+    second = BaftConfig(r=2, layers=[0], positions="l1", init_weights=False, gate="none", task_type="CAUSAL_LM")
+    model.add_adapter("second", second)
+    (layer,) = (module for module in model.modules() if isinstance(module, BaftLayer))
+    found = {}
+    block = model.get_submodule("base_model.model.model.layers.0")
+    model.base_model.set_adapter(["default", "second"])
+    with model.disable_adapter():
+        hook = block.register_forward_hook(lambda module, args, output: found.setdefault("plain", output))
+        model(input_ids=IDS)
+        hook.remove()
+    hook = block.register_forward_hook(lambda module, args, output: found.setdefault("both", output))
+    model(input_ids=IDS)
+    hook.remove()
+    last = layer._moved("second", layer._moved("default", found["plain"][:, -1]))
+    torch.testing.assert_close(found["both"][:, -1], last, **CLOSE)
+    torch.testing.assert_close(found["both"][:, :-1], layer._moved("default", found["plain"][:, :-1]), **CLOSE)
+
+
+@torch.no_grad()
+def test_editing_is_scored_at_the_tokens_that_generation_edits():
+    """With the prompt mask, the evaluator's teacher-forced predictions are those of greedy decoding."""
+    model = adapted(positions="l1+tail", init_weights=False)
+    written = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    prompts = torch.arange(14).expand(3, 14) < 10
+    forced = model(input_ids=written, prompt_mask=prompts).logits.argmax(-1)
+    assert torch.equal(forced[:, 9:13], written[:, 10:])
+
+
+@torch.no_grad()
 def test_unload_after_a_copy_removes_the_hooks_of_the_copy_alone():
     model = adapted()
     twin = copy.deepcopy(model)
