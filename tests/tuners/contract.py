@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -374,10 +376,16 @@ TUNERS = (
                 "UNet2DConditionModel is no model of transformers",
             ),
             Refusal(
-                '`target_modules="all-linear"`',
+                "linear layers, and whatever is no block",
                 "it edits what blocks put out",
-                lambda: _baft(True, target_modules="all-linear"),
-                "BaFT edits what blocks put out",
+                lambda: get_peft_model(build("llama"), _baft(True, layers=None, target_modules=["q_proj"])),
+                "q_proj' is no block of the model",
+            ),
+            Refusal(
+                "state-space models such as Mamba",
+                "their state does not say how many tokens it has read",
+                lambda: get_peft_model(MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1)), _baft(True)),
+                "MambaForCausalLM keeps a state",
             ),
             Refusal(
                 "training without labels, where positions depend on the end of a prompt",

@@ -35,9 +35,10 @@ class BaftSettings:
             raise ValueError(f"stop_loss={self.stop_loss!r}: give a number > 0, or None.")
         if self.load_balance not in BALANCES:
             raise ValueError(f"load_balance={self.load_balance!r}: choose among {BALANCES}.")
-        if self.own_bases and self.load_balance_weight:
+        if self.own_bases and (self.load_balance_weight or self.load_balance != "overlap"):
             raise ValueError(
-                f"load_balance_weight={self.load_balance_weight!r} has no effect with own_bases=True, which shares no basis vectors: leave one out."
+                f"load_balance_weight={self.load_balance_weight!r} and load_balance={self.load_balance!r} have no effect with own_bases=True, which shares no basis "
+                "vectors: leave them out."
             )
         if self.locality_batch_size is not None and self.locality_batch_size < 1:
             raise ValueError(f"locality_batch_size={self.locality_batch_size!r}: give at least 1 row.")
@@ -92,10 +93,6 @@ class BaftTrainerConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.baft_settings()
-        if self.own_bases and self.weight_decay:
-            raise ValueError(
-                f"weight_decay={self.weight_decay!r} would move the basis vectors of earlier edits, which own_bases=True keeps: set it to 0."
-            )
         super().__post_init__()
 
     def baft_settings(self) -> BaftSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from hf_ext.trainers.baft.config import BaftSettings, BaftTrainerConfig
 from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
 from hf_ext.trainers.runs import default_folder
 from hf_ext.tuners.baft import BaftConfig, BaftLayer
-from hf_ext.tuners.baft.ledger import Edit, edits, has_room, layers_of, record, recorded_weights
+from hf_ext.tuners.baft.calls import Recorded
+from hf_ext.tuners.baft.ledger import Edit, begin, edits, finish, has_room, layers_of, recorded_weights
+from hf_ext.tuners.baft.positions import IGNORED, parse_positions
 from hf_ext.tuners.baft.reference import gate_penalty, load_balance, unevenness
 
 if TYPE_CHECKING:
@@ -62,15 +65,14 @@ class BaftMixin(_TrainerBase):
         """
         self._settings = settings
         self._adapter, config = _active(self.model)
-        _check_settings(settings, config, locality_dataset)
+        self._check(settings, config, locality_dataset)
         known = {edit.name for edit in edits(self.model, self._adapter)}
         self._edit_name = settings.edit_name or next(f"edit-{n}" for n in range(1, 10**9) if f"edit-{n}" not in known)
         if self._edit_name in known:
             raise ValueError(
                 f"edit_name={self._edit_name!r}: the adapter has been taught an edit of this name; choose another."
             )
-        self._bases = _own_bases(self.model, self._adapter, config) if settings.own_bases else None
-        if not has_room(self.model, self._adapter):
+        if not settings.own_bases and not has_room(self.model, self._adapter):
             raise ValueError(
                 "all basis vectors of the adapter belong to earlier edits; give this one its own with own_bases=True."
             )
@@ -78,6 +80,46 @@ class BaftMixin(_TrainerBase):
         self._sums: dict[str, list[float]] = defaultdict(list)
         self.learnt = StopWhenLearnt(settings.stop_loss)
         self.add_callback(self.learnt)
+
+    def _check(self, settings: BaftSettings, config: BaftConfig, locality_dataset: Dataset | None) -> None:
+        """
+        Raises:
+            TypeError, ValueError: what cannot be taught so.
+        """
+        _check_datasets(self.train_dataset, locality_dataset)
+        if locality_dataset is None:
+            for name in ("locality_weight", "locality_batch_size"):
+                if value := getattr(settings, name):
+                    raise ValueError(f"{name}={value!r} has no effect without a locality_dataset.")
+        if config.gate == "none" and (
+            settings.load_balance_weight or settings.load_balance != "overlap" or locality_dataset is not None
+        ):
+            raise ValueError(
+                "the gate 'none' has weights of 1, which neither load balancing nor a locality_dataset can change."
+            )
+        if settings.own_bases and config.gate == "softmax":
+            raise ValueError(
+                "own_bases=True: the weights of a softmax depend on each other, so that new ones would change earlier edits."
+            )
+        if settings.own_bases and self.args.weight_decay:
+            raise ValueError(
+                f"weight_decay={self.args.weight_decay!r} would move the basis vectors of earlier edits, which own_bases=True keeps: set it to 0."
+            )
+        if settings.own_bases and self.optimizer is not None:
+            raise ValueError(
+                "optimizers: own_bases=True adds parameters when the training begins; let the trainer make the optimizer."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process: start one process for each, with `accelerate launch`."
+            )
+        if (row := _without_prompt(self.train_dataset)) is not None and not parse_positions(
+            config.positions
+        ).everything:
+            raise ValueError(
+                f"train_dataset: row {row} has no prompt before its first label, so that positions={config.positions!r} would be others than in generation. Give "
+                "prompts and completions, set assistant_only_loss=True for conversations, or edit at all tokens with positions='all'."
+            )
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -102,7 +144,7 @@ class BaftMixin(_TrainerBase):
             terms["load_balance"] = torch.stack(balances).mean()
             total = total + alpha * terms["load_balance"]
         if self._locality is not None:
-            unrelated = self._by_layer(self._weights_on(next(self._locality)))
+            unrelated = self._by_layer(next(self._locality))
             terms["locality"] = torch.stack([gate_penalty(each) for each in unrelated.values()]).mean()
             total = total + _beta(self._settings) * terms["locality"]
         for name, value in terms.items():
@@ -115,33 +157,39 @@ class BaftMixin(_TrainerBase):
             return load_balance(past_K, mean_K)
         return unevenness(past_K + mean_K)
 
-    def _by_layer(self, found: list[tuple[str, str, Tensor]]) -> Weights:
+    def _by_layer(self, found: list[Recorded]) -> Weights:
         """Weights `(N, K)` at the N edited tokens; of no tokens: one row of zeros with a graph."""
-        by_name = {layer.name: layer for layer in layers_of(self.model)}
-        rows = {by_name[name]: each.flatten(0, -2) for name, adapter, each in found if adapter == self._adapter}
+        by_name = {layer.name: layer for layer in layers_of(self.model, self._adapter)}
+        rows = {by_name[each.block]: each.edited() for each in found if each.adapter == self._adapter}
         return {layer: each if len(each) else each.sum(0, keepdim=True) for layer, each in rows.items()}
 
-    def _weights_on(self, batch: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
-        """Of a pass whose output is not wanted."""
+    def _weights_on(self, batch: dict[str, Tensor], whole: bool = False) -> list[Recorded]:
+        """Of a pass whose output is not wanted; `whole`: at every token that is no padding."""
         inputs = self._prepare_inputs(batch)
         labels = inputs.pop("labels")
+        where = {"intervention_mask": labels != IGNORED} if whole else {"intervention_labels": labels}
         with recorded_weights(self.model) as found:
-            self.model(**inputs, intervention_labels=labels, use_cache=False, logits_to_keep=1)
+            self.model(**inputs, **where, use_cache=False, logits_to_keep=1)
         return found
 
-    def _endless(self, dataset: Dataset) -> Iterator[dict[str, Tensor]]:
+    def _endless(self, dataset: Dataset) -> Iterator[list[Recorded]]:
+        """The weights on one batch of unrelated text after another."""
+        prepared: Any = dataset
         processing: Any = self.processing_class
-        prepared = self._prepare_dataset(dataset, processing, self.args, False, None, "locality")
+        if not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            prepared = self._prepare_dataset(dataset, processing, self.args, False, None, "locality")
+        whole = _without_prompt(prepared) is not None
+        prepared = self._remove_unused_columns(prepared, "locality")
         size = self._settings.locality_batch_size or self.args.per_device_train_batch_size
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
         loader = DataLoader(prepared, size, shuffle=True, collate_fn=self.data_collator, generator=generator)
-        while True:
-            yield from loader
+        return (self._weights_on(batch, whole) for _ in itertools.count() for batch in loader)
 
     # -- the ledger ----------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; afterwards the ledger of the adapter holds the edit.
+        """As `Trainer.train`; afterwards the ledger of the adapter holds the edit. If it fails, the ledger is as before, and so are basis vectors
+        with `own_bases`.
 
         Raises:
             ValueError: this trainer has taught its edit already.
@@ -150,27 +198,39 @@ class BaftMixin(_TrainerBase):
             raise ValueError(
                 f"the adapter has been taught {self._edit_name!r} already: make a new trainer for another edit."
             )
-        output = super().train(*args, **kwargs)
         config = self.model.peft_config[self._adapter]
-        means = (
-            self._mean_weights()
-            if config.gate != "none"
-            else {layer: torch.ones(config.r) for layer in layers_of(self.model)}
-        )
-        weights = {layer.name: [round(float(value), 6) for value in mean] for layer, mean in means.items()}
-        facts = len(self.train_dataset)  # type: ignore[arg-type]
-        steps, loss = self.state.global_step, round(self.learnt.last, 6)
-        record(self.model, Edit(self._edit_name, facts, self._bases, weights, steps, loss), self._adapter)
+        layers, r = layers_of(self.model, self._adapter), config.r
+        before = [
+            {key: value.detach().clone() for key, value in layer.tensors(self._adapter).items()} for layer in layers
+        ]
+        edit = Edit(self._edit_name, len(self.train_dataset), None, {}, 0, None)  # type: ignore[arg-type]
+        try:
+            if self._settings.own_bases:
+                edit.bases = _own_bases(self.model, self._adapter, config)
+            begin(self.model, edit, self._adapter)
+            output = super().train(*args, **kwargs)
+            means = (
+                {layer: torch.ones(config.r) for layer in layers} if config.gate == "none" else self._mean_weights()
+            )
+            edit.weights = {layer.name: [round(float(value), 6) for value in mean] for layer, mean in means.items()}
+            edit.steps, edit.loss = self.state.global_step, self.learnt.last
+            finish(self.model, edit, self._adapter)
+        except BaseException:
+            config.edits[:] = [entry for entry in config.edits if entry["name"] != self._edit_name]
+            if self._settings.own_bases:
+                config.r = r
+                for layer, tensors in zip(layers, before, strict=True):
+                    trained = {k: nn.Parameter(v) if k in layer.adapter_layer_names else v for k, v in tensors.items()}
+                    layer.put_back(self._adapter, trained)
+            raise
         return output
 
     @torch.no_grad()
     def _mean_weights(self) -> Weights:
         """Over the edited tokens of the whole training data."""
-        loader = DataLoader(self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator)  # type: ignore[arg-type]
-        loader = self.accelerator.prepare_data_loader(loader)
         sums: dict[BaftLayer, Tensor] = {}
         with evaluating(self.model):
-            for batch in loader:
+            for batch in self.get_train_dataloader():
                 for layer, each in self._by_layer(self._weights_on(batch)).items():
                     row = torch.cat([each.sum(0), each.new_full((1,), len(each))])
                     sums[layer] = sums[layer] + row if layer in sums else row
@@ -187,11 +247,13 @@ class StopWhenLearnt(TrainerCallback):
     """Ends the training after an optimizer step whose loss was below `stop_loss`.
 
     Attributes:
-        last: the loss of the last step, in nats per token.
+        last: the loss of the last step, in nats per token; None if there was none.
     """
 
+    last: float | None = None
+
     def __init__(self, stop_loss: float | None) -> None:
-        self.stop_loss, self.last = stop_loss, float("nan")
+        self.stop_loss = stop_loss
         self._sum: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
@@ -202,8 +264,8 @@ class StopWhenLearnt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._sum is not None:
-            self.last, self._sum = float(reduce(self._sum.float(), "mean")), None
-        if self.stop_loss is not None and self.last < self.stop_loss:
+            self.last, self._sum = round(float(reduce(self._sum.float(), "mean")), 6), None
+        if self.stop_loss is not None and self.last is not None and self.last < self.stop_loss:
             control.should_training_stop = True
 
 
@@ -217,14 +279,15 @@ class BaftTrainer(BaftMixin, SFTTrainer):
     Args:
         model: as for `SFTTrainer`: a name, a model, or a PEFT model whose active adapter is a `BaftConfig`'s.
         args: a `BaftTrainerConfig`; its defaults if not given.
-        train_dataset: prompt-completion or conversational data, or tokenised data with labels: where a prompt ends is where edits are.
-        locality_dataset: text that is to stay as it is, of the same kinds as `train_dataset`; plain text has no prompt, and is protected at every token.
+        train_dataset: prompt-completion data, conversations with `assistant_only_loss=True`, or tokenised data with labels: where a prompt ends is where
+            edits are.
+        locality_dataset: text that is to stay as it is, of the same kinds as `train_dataset`, and plain text, which is protected at every token.
         peft_config: for a model without an adapter; `BaftConfig(task_type="CAUSAL_LM")` if not given.
         eval_dataset, processing_class, data_collator, kwargs: as for `SFTTrainer`.
 
     Raises:
-        TypeError: `args` is not a `BaftTrainerConfig`, or data without a length.
-        ValueError: there is no trainable BaFT adapter, or a setting has no effect on it.
+        TypeError: `args` is not a `BaftTrainerConfig`, or data that are no `datasets.Dataset`.
+        ValueError: there is no trainable BaFT adapter, a row without a prompt, or a setting without effect.
 
     Example:
         ```python
@@ -260,9 +323,11 @@ class BaftTrainer(BaftMixin, SFTTrainer):
             args = BaftTrainerConfig(default_folder(model, BAFT.name))
         if not isinstance(args, BaftTrainerConfig):
             raise TypeError(f"args is a {type(args).__name__}; BaftTrainer takes a BaftTrainerConfig.")
-        for name, data in (("train_dataset", train_dataset), ("locality_dataset", locality_dataset)):
-            if data is not None and not isinstance(data, Dataset):
-                raise TypeError(f"{name} is a {type(data).__name__}; BaftTrainer takes a `datasets.Dataset`.")
+        _check_datasets(train_dataset, locality_dataset)
+        if isinstance(model, PreTrainedModel) and layers_of(model):
+            raise ValueError(
+                "model: it has BaFT adapters that were added with add_adapter; wrap the plain model with get_peft_model instead."
+            )
         if peft_config is None and not isinstance(model, PeftModel):
             peft_config = BaftConfig(task_type="CAUSAL_LM")
         before = restore_forward(model)
@@ -294,33 +359,35 @@ def _active(model: Any) -> tuple[str, BaftConfig]:
     return names[0], model.peft_config[names[0]]
 
 
-def _check_settings(settings: BaftSettings, config: BaftConfig, locality_dataset: Dataset | None) -> None:
-    if settings.locality_weight and locality_dataset is None:
-        raise ValueError(f"locality_weight={settings.locality_weight!r} has no effect without a locality_dataset.")
-    if settings.locality_batch_size is not None and locality_dataset is None:
-        raise ValueError(
-            f"locality_batch_size={settings.locality_batch_size!r} has no effect without a locality_dataset."
-        )
-    if config.gate == "none" and (settings.load_balance_weight or locality_dataset is not None):
-        raise ValueError(
-            "the gate 'none' has weights of 1, which neither load balancing nor a locality_dataset can change."
-        )
-    if settings.own_bases and config.gate == "softmax":
-        raise ValueError(
-            "own_bases=True: the weights of a softmax depend on each other, so that new ones would change earlier edits."
-        )
+def _check_datasets(train_dataset: Any, locality_dataset: Any) -> None:
+    """
+    Raises:
+        TypeError: data without a length.
+        ValueError: data without rows.
+    """
+    for name, data in (("train_dataset", train_dataset), ("locality_dataset", locality_dataset)):
+        if data is not None and not isinstance(data, Dataset):
+            raise TypeError(f"{name} is a {type(data).__name__}; give a `datasets.Dataset`.")
+        if data is not None and not len(data):
+            raise ValueError(f"{name}: it has no rows.")
+
+
+def _without_prompt(data: Any) -> int | None:
+    """The first row whose first token has a label; None if there is none, or no labels are known."""
+    if data is None or "labels" not in data.column_names:
+        return None
+    return next((row for row, labels in enumerate(data["labels"]) if labels and labels[0] != IGNORED), None)
 
 
 def _own_bases(model: Any, adapter: str, config: BaftConfig) -> tuple[int, int]:
-    """The basis vectors of an edit alone: the adapter's, if it is the first, or new ones."""
-    ledger = edits(model, adapter)
-    if not ledger:
+    """The basis vectors of an edit alone: the adapter's, if it has no effect yet, or as many new ones as the first edit has."""
+    ledger, layers = edits(model, adapter), layers_of(model, adapter)
+    if not ledger and all(layer.has_no_effect(adapter) for layer in layers):
         return 0, config.r
     first = next((edit.bases for edit in ledger if edit.bases is not None), (0, config.r))
     count = first[1] - first[0]
-    for layer in layers_of(model):
-        if adapter in layer.baft_R:
-            layer.grow(adapter, config, count)
+    for layer in layers:
+        layer.grow(adapter, config, count)
     config.r += count
     return config.r - count, config.r
 

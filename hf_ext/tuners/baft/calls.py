@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,20 +81,38 @@ def _first_tokens(real_BT: Tensor) -> Tensor:
     return sequence_starts(real_BT, None)
 
 
+class Recorded(NamedTuple):
+    """What an edit did in one pass.
+
+    Attributes:
+        block, adapter: names.
+        weights: of the basis vectors, `(N, K)` at the N edited tokens; in a compiled model `(B, T, K)` at all.
+        mask_BT: then, which tokens are edited.
+    """
+
+    block: str
+    adapter: str
+    weights: Tensor
+    mask_BT: Tensor | None = None
+
+    def edited(self) -> Tensor:
+        """`weights` at the edited tokens, `(N, K)`."""
+        return self.weights if self.mask_BT is None else self.weights[self.mask_BT]
+
+
 class Calls:
     """What the layers of a model need to know of the pass that they are in.
 
     Attributes:
-        call: the pass; None outside of one, and where nothing says how many tokens it has.
         names: for each row, the adapter that it is to get, or "__base__"; None if all get the active ones.
-        weights: while they are recorded, (name of the block, adapter, weights `(N, K)`) of every edit in every pass.
+        weights: while they are recorded, those of every edit in every pass.
     """
 
     def __init__(self) -> None:
-        self.call: Call | None = None
-        self.inside = False
         self.names: list[str] | None = None
-        self.weights: list[tuple[str, str, Tensor]] | None = None
+        self.weights: list[Recorded] | None = None
+        self._inputs: tuple[nn.Module, dict[str, Any], int] | None = None  # of the pass, with the tokens in the cache
+        self._call: Call | None = None  # made of them when a layer asks
         self._prompt: tuple[int, Tensor | None] | None = (
             None  # tokens of the prompt that is continued, and its attention mask
         )
@@ -116,18 +134,19 @@ class Calls:
         self._hooks = []
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The hook before a pass: reads its arguments, and takes out those that are ours.
+        """The hook before a pass: keeps its arguments, and takes out those that are ours.
 
         `intervention_labels` stand for `labels` where a trainer does not want the model to compute a loss.
         """
         ours = ("intervention_mask", "prompt_mask", "intervention_labels")
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
-        self.call, self.inside = self._call(model, inputs), True
+        # The cache grows before the first layer asks.
+        self._inputs, self._call = (model, inputs, _cached_tokens(inputs.get("past_key_values"))), None
         return args, {name: value for name, value in kwargs.items() if name not in ours}
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The hook after a pass."""
-        self.call, self.inside = None, False
+        self._inputs = self._call = None
 
     def current(self, hidden: Tensor) -> Call:
         """The pass in which a block puts out hidden states `(B, T, D)`.
@@ -135,33 +154,31 @@ class Calls:
         Raises:
             ValueError: there is none, or it has another number of tokens.
         """
-        if not self.inside:
+        if self._inputs is None:
             raise ValueError(
                 "a block with a BaFT adapter was called outside of its model, which says where the prompts are: call the model itself, not a "
                 "part of it. (Activation checkpointing does so, too, if it wraps whole blocks; use gradient_checkpointing_enable.)"
             )
         shape = (hidden.shape[0], hidden.shape[1])
-        if self.call is None:
-            return whole(shape, hidden.device)
-        if self.call.shape != shape:
+        if self._call is None:
+            self._call = self._read(*self._inputs) or _whole(shape, hidden.device)
+        if self._call.shape != shape:
             raise ValueError(
-                f"a block puts out hidden states of shape {tuple(hidden.shape)} for {self.call.shape} tokens: BaFT edits outputs of shape (batch, "
+                f"a block puts out hidden states of shape {tuple(hidden.shape)} for {self._call.shape} tokens: BaFT edits outputs of shape (batch, "
                 "tokens, width)."
             )
-        return self.call
+        return self._call
 
     @contextmanager
-    def generating(
-        self, prompt: Tensor | None, attention_mask: Tensor | None, names: list[str] | None
-    ) -> Iterator[None]:
+    def generating(self, prompt: int | None, attention_mask: Tensor | None, names: list[str] | None) -> Iterator[None]:
         """While `generate` runs, which gives the model pieces of a growing text.
 
         Args:
-            prompt: ids `(B, P)` or embeddings `(B, P, D)`; None if this is no `generate`, or its prompt is not known.
+            prompt: its tokens; None if this is no `generate`, or its prompt is not known.
             names: see `Calls`.
         """
         before = self._prompt, self.names
-        self._prompt = None if prompt is None else (prompt.shape[1], attention_mask)
+        self._prompt = None if prompt is None else (prompt, attention_mask)
         self.names = names
         try:
             yield
@@ -169,10 +186,10 @@ class Calls:
             self._prompt, self.names = before
 
     @contextmanager
-    def recording(self) -> Iterator[list[tuple[str, str, Tensor]]]:
+    def recording(self) -> Iterator[list[Recorded]]:
         """Collect the weights of all edits, with their graphs."""
         before = self.weights
-        found: list[tuple[str, str, Tensor]] = []
+        found: list[Recorded] = []
         self.weights = found
         try:
             yield found
@@ -195,7 +212,7 @@ class Calls:
 
     # -- what a call says ----------------------------------------------------------------------------------------------
 
-    def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Call | None:
+    def _read(self, model: nn.Module, inputs: dict[str, Any], past: int) -> Call | None:
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -203,7 +220,6 @@ class Calls:
         shape = (tokens.shape[0], tokens.shape[1])
         if (explicit := inputs.get("intervention_mask")) is not None:
             return Call(shape, explicit_BT=_checked("intervention_mask", explicit, shape, tokens.device))
-        past = _cached_tokens(inputs.get("past_key_values"))
         real = self._real_tokens(inputs.get("attention_mask"), (shape[0], past + shape[1]), tokens.device)
         labels = inputs.get("intervention_labels")
         if labels is None and isinstance(model, GenerationMixin):
@@ -247,7 +263,7 @@ class Calls:
         return torch.cat([prompt[:, :width], real[:, width:]], 1)
 
 
-def whole(shape: tuple[int, int], device: torch.device) -> Call:
+def _whole(shape: tuple[int, int], device: torch.device) -> Call:
     """A pass of which every token belongs to a prompt, as in models of pictures."""
     real_BT = torch.ones(shape, dtype=torch.bool, device=device)
     return Call(shape, real_BT, torch.zeros_like(real_BT), _first_tokens(real_BT))
@@ -263,6 +279,7 @@ def _checked(name: str, mask: Tensor, shape: tuple[int, int], device: torch.devi
 
 
 def _cached_tokens(cache: Any) -> int:
+    """How many tokens a cache of keys and values has; 0 without one."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 

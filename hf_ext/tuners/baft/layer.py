@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_ext._compat import saved_buffers
-from hf_ext.tuners.baft.calls import Call, Calls
+from hf_ext.tuners.baft.calls import Call, Calls, Recorded
 from hf_ext.tuners.baft.config import BaftConfig
 from hf_ext.tuners.baft.positions import Positions, parse_positions
 from hf_ext.tuners.baft.reference import intervene, orthonormal_basis
@@ -66,10 +66,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: more basis vectors than the width of the model.
         """
-        if config.r > self.width:
-            raise ValueError(
-                f"r={config.r}: {self.name!r} puts out {self.width} features; give at most that many basis vectors."
-            )
+        self._check_room(config.r)
         self.positions[name], self.gate[name] = parse_positions(config.positions), config.gate
         for key, value in self._start(config, config.r).items():
             getattr(self, key)[name] = nn.Parameter(value.to(device))
@@ -80,7 +77,11 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """Append `count` basis vectors, orthogonal to those that there are, which are fixed from now on.
 
         The basis is computed row by row, so that what it has does not change.
+
+        Raises:
+            ValueError: more basis vectors than the width of the model.
         """
+        self._check_room(len(self.baft_state[name]) + count)
         state = self.baft_state[name]
         self.baft_state[name] = torch.cat([state.clamp(min=KEPT), state.new_full((count,), FREE)])
         self.baft_usage[name] = torch.cat([self.baft_usage[name], self.baft_usage[name].new_zeros(count)])
@@ -94,6 +95,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """Tensors of `count` basis vectors, orthogonal to those of `others_KD`."""
         free_KD = torch.randn(count, self.width)
         if others_KD is not None:
+            # Trainers set the seed anew: the same numbers again would lie in the span of what there is.
+            seed = torch.initial_seed() + 7919 * len(others_KD)
+            free_KD = torch.randn(count, self.width, generator=torch.Generator().manual_seed(seed % 2**63))
             free_KD = orthonormal_basis(torch.cat([others_KD, free_KD]))[-count:]
         basis_KD = orthonormal_basis(free_KD)
         # As the forward pass will find the basis, so that nothing is left of their difference but rounding.
@@ -108,6 +112,28 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 tensors[key] = torch.randn_like(tensors[key]) / tensors[key].shape[1] ** 0.5
             tensors["baft_b"] = torch.randn(count)
         return tensors
+
+    def _check_room(self, count: int) -> None:
+        if count > self.width:
+            raise ValueError(
+                f"r={count}: {self.name!r} puts out {self.width} features; give at most that many basis vectors."
+            )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Everything that an adapter has here, by the name of its container."""
+        containers = (*self.adapter_layer_names, "baft_usage", "baft_state")
+        return {key: getattr(self, key)[name] for key in containers if name in getattr(self, key)}
+
+    def put_back(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Undo what happened since `tensors` were copied from `tensors(name)`, new basis vectors included."""
+        for key, value in tensors.items():
+            getattr(self, key)[name] = value
+
+    @torch.no_grad()
+    def has_no_effect(self, name: str) -> bool:
+        """Whether an adapter is as it was made."""
+        basis_KD = orthonormal_basis(self.baft_R[name].float())
+        return torch.allclose(self.baft_A[name].float(), basis_KD, rtol=0, atol=1e-5) and not self.baft_b[name].any()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(UNMERGEABLE)
@@ -136,14 +162,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling():  # which tokens are edited, and so their number, is not known while tracing
             mask_BT = call.mask(positions).to(hidden_BTD.device)
             mask_BT = mask_BT if rows_B is None else mask_BT & rows_B[:, None]
-            return torch.where(mask_BT[..., None], self._moved(name, hidden_BTD), hidden_BTD)
+            return torch.where(mask_BT[..., None], self._moved(name, hidden_BTD, mask_BT), hidden_BTD)
         rows, columns = (place.to(hidden_BTD.device) for place in call.places(positions))
         if rows_B is not None:
             rows, columns = rows[rows_B[rows]], columns[rows_B[rows]]
         return hidden_BTD.index_put((rows, columns), self._moved(name, hidden_BTD[rows, columns]))
 
-    def _moved(self, name: str, hidden: Tensor) -> Tensor:
-        """Hidden states `(..., D)` after the edit; computed in float32 at least."""
+    def _moved(self, name: str, hidden: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Hidden states `(..., D)` after the edit; computed in float32 at least. `mask_BT` is for the record."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             own = {
@@ -161,7 +187,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 wide, own["baft_R"], own["baft_A"], own["baft_b"], lambda h: self._weights(name, h, own, state_K)
             )
             if self.calls.weights is not None:
-                self.calls.weights.append((self.name, name, weights))
+                self.calls.weights.append(Recorded(self.name, name, weights, mask_BT))
             return (wide + update).to(hidden.dtype)
 
     def _weights(self, name: str, hidden: Tensor, own: dict[str, Tensor], state_K: Tensor) -> Tensor:

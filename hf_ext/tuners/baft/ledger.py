@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hf_ext.tuners.baft.calls import Recorded
 from hf_ext.tuners.baft.config import BaftConfig
 from hf_ext.tuners.baft.layer import CLOSED, FREE, KEPT, BaftLayer
 
@@ -25,9 +26,10 @@ class Edit:
 
     Attributes:
         name: unique.
-        facts: rows that taught it.
+        facts: rows of training data that taught it.
         bases: (first, one past the last) of the basis vectors that are its own; None if it shares them.
-        weights: for each edited block, the mean weights of the basis vectors at the edited tokens of its rows.
+        weights: for each edited block, the mean weights of the basis vectors at the edited tokens of its rows; none while it is being taught, as in
+            checkpoints.
         steps, loss: optimizer steps, and the training loss of the last one.
         closed: taken back.
     """
@@ -37,18 +39,19 @@ class Edit:
     bases: tuple[int, int] | None
     weights: dict[str, list[float]]
     steps: int
-    loss: float
+    loss: float | None
     closed: bool = False
 
 
-def layers_of(model: nn.Module) -> list[BaftLayer]:
-    """The layers that BaFT attached to a model, first to last."""
-    return [module for module in model.modules() if isinstance(module, BaftLayer)]
+def layers_of(model: nn.Module, adapter: str | None = None) -> list[BaftLayer]:
+    """The layers that BaFT attached to a model, first to last; those of one adapter, if one is named."""
+    layers = [module for module in model.modules() if isinstance(module, BaftLayer)]
+    return [layer for layer in layers if adapter is None or adapter in layer.baft_R]
 
 
 @contextmanager
-def recorded_weights(model: nn.Module) -> Iterator[list[tuple[str, str, Tensor]]]:
-    """The weights of the basis vectors in every pass inside: (name of the block, adapter, weights `(..., K)`), with their graphs.
+def recorded_weights(model: nn.Module) -> Iterator[list[Recorded]]:
+    """The weights of the basis vectors in every pass inside, with their graphs.
 
     Raises:
         ValueError: the model has no BaFT adapter.
@@ -90,20 +93,24 @@ def restore(model: Any, name: str, adapter: str = "default") -> None:
     _set_closed(model, name, adapter, False)
 
 
-def record(model: Any, edit: Edit, adapter: str) -> None:
-    """Write an edit into the ledger; its basis vectors are fixed from now on, and the use of shared ones is counted."""
-    for layer in layers_of(model):
-        if layer.name in edit.weights:
-            usage = layer.baft_usage[adapter]
-            usage += torch.tensor(edit.weights[layer.name]).to(usage)
-            if edit.bases is not None:
-                layer.baft_state[adapter][slice(*edit.bases)] = KEPT
+def begin(model: Any, edit: Edit, adapter: str) -> None:
+    """Write an edit that is about to be taught into the ledger."""
     _config(model, adapter).edits.append(asdict(edit))
+
+
+def finish(model: Any, edit: Edit, adapter: str) -> None:
+    """Complete the last entry of the ledger: its basis vectors are fixed from now on, and the use of shared ones is counted."""
+    for layer in layers_of(model, adapter):
+        usage = layer.baft_usage[adapter]
+        usage += torch.tensor(edit.weights[layer.name]).to(usage)
+        if edit.bases is not None:
+            layer.baft_state[adapter][slice(*edit.bases)] = KEPT
+    _config(model, adapter).edits[-1] = asdict(edit)
 
 
 def has_room(model: Any, adapter: str) -> bool:
     """Whether some basis vector is still trained."""
-    return any(bool((layer.baft_state[adapter] == FREE).any()) for layer in layers_of(model))
+    return any(bool((layer.baft_state[adapter] == FREE).any()) for layer in layers_of(model, adapter))
 
 
 def _set_closed(model: Any, name: str, adapter: str, closed: bool) -> None:
@@ -118,9 +125,8 @@ def _set_closed(model: Any, name: str, adapter: str, closed: bool) -> None:
             f"name={name!r}: this edit shares its basis vectors with others, which would go with it. Teach it with vectors of its own "
             "(own_bases=True of BaftTrainerConfig) to be able to take it back."
         )
-    for layer in layers_of(model):
-        if adapter in layer.baft_state:
-            layer.baft_state[adapter][slice(*entry["bases"])] = CLOSED if closed else KEPT
+    for layer in layers_of(model, adapter):
+        layer.baft_state[adapter][slice(*entry["bases"])] = CLOSED if closed else KEPT
     entry["closed"] = closed
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,7 +11,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hf_ext.tuners.baft.calls import Calls
 from hf_ext.tuners.baft.config import BaftConfig
@@ -36,15 +38,24 @@ class BaftModel(BaseTuner):
     tuner_layer_cls = BaftLayer
     target_module_mapping = {}  # noqa: RUF012
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # A configuration holds the ledger of one adapter, and would be shared by all that are made with it.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # `_prepare_model` says which blocks, since it has the model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         config = cast(BaftConfig, peft_config)
         _check_supported(model)
+        names = blocks_of(cast(PreTrainedModel, model))
         if config.layers is None and config.target_modules is not None:
             return
-        names = blocks_of(cast(PreTrainedModel, model))
+        if not names:
+            raise ValueError(
+                f"layers: the blocks of {type(model).__name__} are not found; give their names as target_modules instead."
+            )
         layers = _chosen(config.layers, len(names))
         chosen = {names[layer] for layer in layers}
         if config.target_modules is not None and config.target_modules != chosen:
@@ -63,6 +74,11 @@ class BaftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        names = blocks_of(cast(PreTrainedModel, self.model))
+        if names and current_key not in names:
+            raise ValueError(
+                f"target_modules: {current_key!r} is no block of the model, whose output BaFT could edit; its blocks are {names[0]!r} to {names[-1]!r}."
+            )
         layer = target.get_submodule(_ATTACHED) if _ATTACHED in dict(target.named_children()) else None
         if not isinstance(layer, BaftLayer):
             calls = next((each.calls for each in _layers(self.model)), None) or Calls()
@@ -85,7 +101,7 @@ class BaftModel(BaseTuner):
                     for key in layer.adapter_layer_names:
                         tensors = getattr(layer, key)
                         if adapter_name in tensors:
-                            tensors[adapter_name] = tensors[adapter_name].to(dtype)
+                            tensors[adapter_name].data = tensors[adapter_name].data.to(dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -101,13 +117,11 @@ class BaftModel(BaseTuner):
             raise ValueError(
                 f"adapter_names: there is no adapter {unknown}; the model has {sorted(self.peft_config)}."
             )
-        given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
-        prompt = next((each for each in given if isinstance(each, Tensor) and each.dim() > 1), None)
         layer = next(_layers(self.model), None)
         if layer is None:
             yield
             return
-        with layer.calls.generating(prompt, kwargs.get("attention_mask"), names):
+        with layer.calls.generating(_prompt_tokens(args, kwargs), kwargs.get("attention_mask"), names):
             yield
 
     # -- going -----------------------------------------------------------------------------------------------------------
@@ -135,6 +149,17 @@ def _layers(model: nn.Module) -> Iterator[BaftLayer]:
     return (module for module in model.modules() if isinstance(module, BaftLayer))
 
 
+def _prompt_tokens(args: Any, kwargs: dict[str, Any]) -> int | None:
+    """Of the prompt that `generate` was given, those that a cache has already included; None if it is not known."""
+    given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("input_ids"), kwargs.get("inputs")]
+    prompt = next((each for each in given if isinstance(each, Tensor) and each.dim() > 1), None)
+    if prompt is None:
+        return None
+    # A conversation may be continued with its new tokens alone; the mask has those of the cache, too.
+    mask = kwargs.get("attention_mask")
+    return max(prompt.shape[1], mask.shape[1]) if isinstance(mask, Tensor) else prompt.shape[1]
+
+
 def _width(model: Any) -> int:
     return model.config.get_text_config().hidden_size
 
@@ -153,14 +178,14 @@ def _check_supported(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has an encoder and a decoder: the positions of BaFT are those of prompt and answer in one sequence."
         )
+    if isinstance(model, GenerationMixin) and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} keeps a state that does not say how many tokens it has read, so that BaFT cannot tell prompt and answer apart."
+        )
 
 
 def blocks_of(model: PreTrainedModel) -> list[str]:
-    """Names of the blocks of a model, first to last.
-
-    Raises:
-        ValueError: they are not found, or several lists may be meant.
-    """
+    """Names of the blocks of a model, first to last; none if they are not found, or several lists may be meant."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
@@ -171,11 +196,7 @@ def blocks_of(model: PreTrainedModel) -> list[str]:
         decoder = model.get_decoder()
         inside = {name for name, module in model.named_modules() if module is decoder}
         lists = [name for name in lists if any(name.startswith(f"{other}.") for other in inside)]
-    if len(lists) != 1:
-        raise ValueError(
-            f"layers: the {count} blocks of {type(model).__name__} are not found; give their names as target_modules instead."
-        )
-    return [f"{lists[0]}.{number}" for number in range(count)]
+    return [f"{name}.{number}" for name in lists for number in range(count)] if len(lists) == 1 else []
 
 
 def _chosen(layers: Any, count: int) -> list[int]:

@@ -35,6 +35,8 @@ def parse_positions(text: str) -> Positions:
     Raises:
         ValueError: a part is none of `fN`, `lN` with N at least 1, `tail`, `all`, or stands there twice.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"positions={text!r}: give a text, such as 'l1+tail'.")
     found: dict[str, int | bool] = {}
     for part in text.split("+"):
         number = re.fullmatch(r"([fl])([1-9]\d*)", part)
@@ -85,7 +87,7 @@ def prompts_and_answers(real_BT: Tensor, starts_BT: Tensor, labels_BT: Tensor | 
         return real_BT, torch.zeros_like(real_BT)
     answer = real_BT & (labels_BT != IGNORED)
     sequence = starts_BT.long().cumsum(1)
-    counts = torch.zeros(len(answer), int(sequence.max()) + 1, dtype=torch.long, device=answer.device)
+    counts = torch.zeros(len(answer), answer.shape[1] + 1, dtype=torch.long, device=answer.device)
     total = counts.scatter_add(1, sequence, answer.long()).gather(1, sequence)
     before_sequence = counts.scatter_add(1, sequence, answer.long()).cumsum(1).gather(1, sequence) - total
     still_to_come = total - (answer.long().cumsum(1) - before_sequence)

@@ -73,7 +73,7 @@ def intervene(
 def load_balance(past_K: Tensor, mean_K: Tensor) -> Tensor:
     """How much the weights of this edit fall on basis vectors that earlier edits use: K <past / sum past, mean / sum mean>.
 
-    1 if either is spread evenly, K if both are on one vector, 0 before the first edit.
+    1 if either is spread evenly, K if both are on one vector, 0 before the first edit and where no token is edited.
 
     Args:
         past_K: sums of the mean weights of earlier edits.
@@ -81,7 +81,8 @@ def load_balance(past_K: Tensor, mean_K: Tensor) -> Tensor:
     """
     if not bool(past_K.any()):
         return mean_K.sum() * 0
-    return len(mean_K) * (past_K / past_K.sum() * mean_K / mean_K.sum()).sum()
+    least = torch.finfo(mean_K.dtype).tiny
+    return len(mean_K) * (past_K / past_K.sum() * mean_K / mean_K.sum().clamp(min=least)).sum()
 
 
 def unevenness(usage_K: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext import BaftConfig, BaftTrainer, BaftTrainerConfig, OvertoneConfig, OvertoneTrainer
@@ -49,7 +50,7 @@ def test_edited_are_the_last_token_of_the_prompt_and_the_answer(tmp_path):
     with recorded_weights(run.model) as found:
         run.train()
     # Two words of prompt, three of answer and an end: the last of the prompt and all after it.
-    assert {tuple(weights.shape) for _, _, weights in found} == {(5, 4)}
+    assert {tuple(each.weights.shape) for each in found} == {(5, 4)}
 
 
 def test_the_model_can_be_given_by_its_name(tmp_path):
@@ -152,7 +153,7 @@ def test_losses_on_the_weights(tmp_path, form):
             list(run._prepare_dataset(unrelated(), make_tokenizer(), run.args, False, None, "again"))
         )
         model(**unrelated_batch)
-    weights, others = (each for _, _, each in found)
+    weights, others = (each.weights for each in found)
     past = layer.baft_usage["default"]
     balance = load_balance(past, weights.mean(0)) if form == "overlap" else unevenness(past + weights.mean(0))
     extra = 0.7 * balance + 3.0 * gate_penalty(others)
@@ -171,7 +172,7 @@ def test_locality_keeps_weights_small_elsewhere(tmp_path):
         )
         with recorded_weights(run.model) as weights, torch.no_grad():
             run.model(**batch)
-        found.append(float(weights[0][2].square().mean()))
+        found.append(float(weights[0].weights.square().mean()))
         assert column(run, "baft/locality")
     assert found[1] < 0.5 * found[0]
 
@@ -344,3 +345,120 @@ def test_models_and_data_that_cannot_be_taught(tmp_path):
     frozen = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "saved")
     with pytest.raises(ValueError, match="is_trainable=True"):
         trainer(tmp_path, frozen)
+
+
+# -- what must not go wrong unseen ---------------------------------------------------------------------------------------
+
+
+def test_new_basis_vectors_point_elsewhere(tmp_path):
+    """Trainers set one seed after another; the basis stays well conditioned all the same."""
+    model = adapted()
+    for number in range(4):
+        trainer(tmp_path, model, facts(number), own_bases=True, max_steps=1, learning_rate=1e-4).train()
+    (layer,) = layers_of(model)
+    singular = torch.linalg.svdvals(layer.baft_R["default"].detach())
+    assert len(singular) == 16 and singular[0] / singular[-1] < 1.5
+
+
+class Broken(Exception):
+    pass
+
+
+class Breaks(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Broken
+
+
+def test_an_edit_that_fails_leaves_nothing(tmp_path):
+    model = adapted()
+    trainer(tmp_path, model, facts(0), own_bases=True, **ENOUGH).train()
+    (layer,), said = layers_of(model), answers(model)
+    before = {key: value.clone() for key, value in layer.tensors("default").items()}
+    for _ in range(2):
+        run = trainer(tmp_path, model, facts(1), own_bases=True)
+        run.add_callback(Breaks())
+        with pytest.raises(Broken):
+            run.train()
+    assert [edit.name for edit in edits(model)] == ["edit-1"] and model.peft_config["default"].r == 4
+    assert all(torch.equal(value, before[key]) for key, value in layer.tensors("default").items())
+    assert answers(model) == said
+    trainer(tmp_path, model, facts(1), own_bases=True, **ENOUGH).train()
+    assert answers(model, 0, 1) == right(0, 1) and [edit.bases for edit in edits(model)] == [(0, 4), (4, 8)]
+
+
+def test_a_checkpoint_says_what_is_being_taught(tmp_path):
+    trainer(tmp_path, own_bases=True, max_steps=2, save_strategy="steps", save_steps=1, edit_name="half").train()
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "checkpoint-1", is_trainable=True)
+    (edit,) = edits(loaded)
+    assert (edit.name, edit.bases, edit.steps, edit.loss, edit.weights) == ("half", (0, 4), 0, None, {})
+    trainer(tmp_path, loaded, own_bases=True, max_steps=1).train()
+    assert edits(loaded)[1].bases == (4, 8)
+    rollback(loaded, "half")
+
+
+def test_adapters_made_with_one_configuration_have_ledgers_of_their_own(tmp_path):
+    config = BaftConfig(r=4, layers=[0], task_type="CAUSAL_LM")
+    models = [get_peft_model(base(), config) for _ in range(2)]
+    for number in range(2):
+        trainer(tmp_path, models[0], facts(number), own_bases=True, max_steps=1).train()
+    assert edits(models[1]) == [] and models[1].peft_config["default"].r == config.r == 4
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "none"])
+def test_adapters_may_sit_at_different_blocks(tmp_path, gate):
+    model = adapted(layers=[0, 1])
+    model.add_adapter("second", BaftConfig(r=2, layers=[1], gate=gate, task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    trainer(tmp_path, model, max_steps=1).train()
+    assert list(edits(model, "second")[0].weights) == ["model.layers.1"] and edits(model) == []
+
+
+def test_what_was_learnt_before_the_first_edit_is_not_its_own(tmp_path):
+    model = adapted()
+    args = SFTConfig(str(tmp_path), max_steps=1, **CPU_RUN)
+    SFTTrainer(model, args, train_dataset=facts(), processing_class=make_tokenizer()).train()
+    trainer(tmp_path, model, own_bases=True, max_steps=1).train()
+    assert edits(model)[0].bases == (4, 8)
+
+
+def test_a_collator_of_other_libraries(tmp_path):
+    """Columns that the model does not read are dropped in the last pass, too."""
+    args = BaftTrainerConfig(str(tmp_path), max_steps=1, **CPU_RUN)
+    shared = dict(train_dataset=facts(), locality_dataset=unrelated(), processing_class=make_tokenizer())
+    run = BaftTrainer(adapted(), args, data_collator=DataCollatorForSeq2Seq(make_tokenizer()), **shared)
+    run.train()
+    assert edits(run.model)
+
+
+def test_plain_text_is_protected_at_every_token(tmp_path):
+    text = Dataset.from_list([{"text": "w60 w61 w62 w63"}, {"text": "w64 w65"}])
+    run = trainer(tmp_path, adapted(positions="l1"), locality=text, locality_batch_size=2, max_steps=1)
+    with recorded_weights(run.model) as found:
+        run.train()
+    # Six words and two ends; the edit itself is at one token of each fact.
+    assert len(found[1].edited()) == 8 and len(found[0].edited()) == 4
+
+
+@pytest.mark.parametrize("row", [{"text": "w1 w2 w3"}, {"prompt": "", "completion": "w1 w2"}])
+def test_rows_without_a_prompt_are_refused(tmp_path, row):
+    data = Dataset.from_list([row])
+    with pytest.raises(ValueError, match="row 0 has no prompt before its first label"):
+        trainer(tmp_path, data=data)
+    trainer(tmp_path, adapted(positions="all"), data=data, max_steps=1).train()
+
+
+def test_other_ways_into_trouble(tmp_path):
+    injected = base()
+    injected.add_adapter(BaftConfig(r=2, layers=[0]))
+    with pytest.raises(ValueError, match="added with add_adapter"):
+        trainer(tmp_path, injected)
+    with pytest.raises(ValueError, match="locality_dataset: it has no rows"):
+        trainer(tmp_path, locality=unrelated().select([]))
+    width = injected.config.hidden_size
+    r = width // 2 + 1
+    full = adapted(r=r)
+    trainer(tmp_path, full, own_bases=True, max_steps=1).train()
+    with pytest.raises(ValueError, match=rf"r={2 * r}: 'model.layers.0' puts out {width} features"):
+        trainer(tmp_path, full, own_bases=True, max_steps=1).train()
+    assert full.peft_config["default"].r == r and len(edits(full)) == 1

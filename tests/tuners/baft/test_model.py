@@ -7,10 +7,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_ext import BaftConfig
-from hf_ext.tuners.baft import BaftLayer
+from hf_ext.tuners.baft import BaftLayer, recorded_weights
 from tests.oracles import ORACLES
 from tests.tuners.contract import DECODER, IDS, build
 
@@ -179,6 +185,18 @@ def test_padded_prompts_with_a_cache_of_fixed_size(positions):
 
 
 @torch.no_grad()
+def test_a_conversation_goes_on_with_its_new_tokens_alone():
+    """As with all tokens, of which the cache has some."""
+    model, found = adapted(positions="f1+l1+tail"), []
+    for ids in (IDS, IDS[:, 6:]):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=IDS[:, :6], past_key_values=cache, use_cache=True)
+        options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, past_key_values=cache)
+        found.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(IDS), **options)[:, -4:])
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_assisted_decoding_writes_what_plain_decoding_does():
     model = adapted(positions="l1+tail")
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
@@ -231,9 +249,9 @@ def test_gates(gate, tmp_path):
         "mlp": torch.sigmoid(torch.tensor(-2.0)),
         "none": 1.0,
     }
-    assert [(name, adapter) for name, adapter, _ in found] == [(f"model.layers.{n}", "default") for n in (0, 1)]
-    for _, _, weights in found:
-        torch.testing.assert_close(weights, torch.full((3, 4), float(start[gate])))
+    assert [(each.block, each.adapter) for each in found] == [(f"model.layers.{n}", "default") for n in (0, 1)]
+    for each in found:
+        torch.testing.assert_close(each.weights, torch.full((3, 4), float(start[gate])))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(10):
@@ -303,6 +321,25 @@ def test_unload_after_a_copy_removes_the_hooks_of_the_copy_alone():
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@torch.no_grad()
+def test_weights_of_a_compiled_model_are_those_of_the_edited_tokens():
+    model, found = adapted(), []
+    torch._dynamo.reset()
+    for each in (model, torch.compile(model, backend="eager")):
+        with recorded_weights(model) as weights:
+            each(input_ids=IDS)
+        found.append([recorded.edited() for recorded in weights])
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found)
+
+
+def test_narrow_adapters_that_are_loaded_for_use_are_frozen(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = build("llama").to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert {(p.dtype, p.requires_grad) for p in loaded.parameters()} == {(torch.bfloat16, False)}
+
+
 def test_no_tensor_of_a_pass_is_kept():
     model = adapted().train()
     loss = model(input_ids=IDS, labels=IDS).loss
@@ -346,6 +383,11 @@ def test_new_basis_vectors_leave_the_old_ones_as_they_are():
         ({"gate": "none", "gate_bias": -1.0}, "gate_bias=-1.0"),
         ({"layers": 0, "target_modules": ["model.layers.1"]}, "name different blocks"),
         ({"layers": None, "target_modules": ["absent"]}, "absent.*not found"),
+        (
+            {"layers": None, "target_modules": ["q_proj"]},
+            r"q_proj' is no block of the model.*'model.layers.0' to 'model.layers.1'",
+        ),
+        ({"positions": None}, "positions=None"),
         ({"target_modules": "all-linear"}, "BaFT edits what blocks put out"),
     ],
 )
