@@ -123,7 +123,7 @@ def reader(model: Any) -> Callable[[], None]:
     def read() -> None:
         for _ in range(PASSES):
             base(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(CACHED)
+        cache.crop(-PASSES)
 
     return read
 
