@@ -19,13 +19,14 @@ from trl import SFTTrainer
 
 from hf_ext._modes import evaluating
 from hf_ext.registry import BAFT
+from hf_ext.trainers.baft.checks import active_adapter, check_datasets, check_run, check_settings, row_without_prompt
 from hf_ext.trainers.baft.config import BaftSettings, BaftTrainerConfig
 from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
 from hf_ext.trainers.runs import default_folder
 from hf_ext.tuners.baft import BaftConfig, BaftLayer
 from hf_ext.tuners.baft.calls import Recorded
 from hf_ext.tuners.baft.ledger import Edit, begin, edits, finish, has_room, layers_of, recorded_weights
-from hf_ext.tuners.baft.positions import IGNORED, parse_positions
+from hf_ext.tuners.baft.positions import IGNORED
 from hf_ext.tuners.baft.reference import gate_penalty, load_balance, unevenness
 
 if TYPE_CHECKING:
@@ -64,8 +65,10 @@ class BaftMixin(_TrainerBase):
             ValueError: the model has no trainable BaFT adapter, or a setting has no effect on it.
         """
         self._settings = settings
-        self._adapter, config = _active(self.model)
-        self._check(settings, config, locality_dataset)
+        self._adapter, config = active_adapter(self.model)
+        check_datasets(self.train_dataset, locality_dataset)
+        check_settings(settings, config, locality_dataset is not None)
+        check_run(settings, config, self)
         known = {edit.name for edit in edits(self.model, self._adapter)}
         self._edit_name = settings.edit_name or next(f"edit-{n}" for n in range(1, 10**9) if f"edit-{n}" not in known)
         if self._edit_name in known:
@@ -80,46 +83,6 @@ class BaftMixin(_TrainerBase):
         self._sums: dict[str, list[float]] = defaultdict(list)
         self.learnt = StopWhenLearnt(settings.stop_loss)
         self.add_callback(self.learnt)
-
-    def _check(self, settings: BaftSettings, config: BaftConfig, locality_dataset: Dataset | None) -> None:
-        """
-        Raises:
-            TypeError, ValueError: what cannot be taught so.
-        """
-        _check_datasets(self.train_dataset, locality_dataset)
-        if locality_dataset is None:
-            for name in ("locality_weight", "locality_batch_size"):
-                if value := getattr(settings, name):
-                    raise ValueError(f"{name}={value!r} has no effect without a locality_dataset.")
-        if config.gate == "none" and (
-            settings.load_balance_weight or settings.load_balance != "overlap" or locality_dataset is not None
-        ):
-            raise ValueError(
-                "the gate 'none' has weights of 1, which neither load balancing nor a locality_dataset can change."
-            )
-        if settings.own_bases and config.gate == "softmax":
-            raise ValueError(
-                "own_bases=True: the weights of a softmax depend on each other, so that new ones would change earlier edits."
-            )
-        if settings.own_bases and self.args.weight_decay:
-            raise ValueError(
-                f"weight_decay={self.args.weight_decay!r} would move the basis vectors of earlier edits, which own_bases=True keeps: set it to 0."
-            )
-        if settings.own_bases and self.optimizer is not None:
-            raise ValueError(
-                "optimizers: own_bases=True adds parameters when the training begins; let the trainer make the optimizer."
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process: start one process for each, with `accelerate launch`."
-            )
-        if (row := _without_prompt(self.train_dataset)) is not None and not parse_positions(
-            config.positions
-        ).everything:
-            raise ValueError(
-                f"train_dataset: row {row} has no prompt before its first label, so that positions={config.positions!r} would be others than in generation. Give "
-                "prompts and completions, set assistant_only_loss=True for conversations, or edit at all tokens with positions='all'."
-            )
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +141,7 @@ class BaftMixin(_TrainerBase):
         processing: Any = self.processing_class
         if not (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             prepared = self._prepare_dataset(dataset, processing, self.args, False, None, "locality")
-        whole = _without_prompt(prepared) is not None
+        whole = row_without_prompt(prepared) is not None
         prepared = self._remove_unused_columns(prepared, "locality")
         size = self._settings.locality_batch_size or self.args.per_device_train_batch_size
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
@@ -323,7 +286,7 @@ class BaftTrainer(BaftMixin, SFTTrainer):
             args = BaftTrainerConfig(default_folder(model, BAFT.name))
         if not isinstance(args, BaftTrainerConfig):
             raise TypeError(f"args is a {type(args).__name__}; BaftTrainer takes a BaftTrainerConfig.")
-        _check_datasets(train_dataset, locality_dataset)
+        check_datasets(train_dataset, locality_dataset)
         if isinstance(model, PreTrainedModel) and layers_of(model):
             raise ValueError(
                 "model: it has BaFT adapters that were added with add_adapter; wrap the plain model with get_peft_model instead."
@@ -345,38 +308,6 @@ class BaftTrainer(BaftMixin, SFTTrainer):
         remember_forward(self.model, before)
         _undo_rounding(self.model, exact)
         self.baft_setup(args.baft_settings(), locality_dataset)
-
-
-def _active(model: Any) -> tuple[str, BaftConfig]:
-    """Name and configuration of the adapter that is trained."""
-    names = list(model.active_adapters) if isinstance(model, PeftModel) else []
-    if len(names) != 1 or not isinstance(model.peft_config[names[0]], BaftConfig):
-        raise ValueError(
-            f"model: BaftTrainer teaches one active BaFT adapter; active here: {names}. Give a PEFT model made with a BaftConfig, or a model without adapters."
-        )
-    if not any(p.requires_grad for p in _tensors(model).values()):
-        raise ValueError(f"model: the adapter {names[0]!r} is not trainable; load it with is_trainable=True.")
-    return names[0], model.peft_config[names[0]]
-
-
-def _check_datasets(train_dataset: Any, locality_dataset: Any) -> None:
-    """
-    Raises:
-        TypeError: data without a length.
-        ValueError: data without rows.
-    """
-    for name, data in (("train_dataset", train_dataset), ("locality_dataset", locality_dataset)):
-        if data is not None and not isinstance(data, Dataset):
-            raise TypeError(f"{name} is a {type(data).__name__}; give a `datasets.Dataset`.")
-        if data is not None and not len(data):
-            raise ValueError(f"{name}: it has no rows.")
-
-
-def _without_prompt(data: Any) -> int | None:
-    """The first row whose first token has a label; None if there is none, or no labels are known."""
-    if data is None or "labels" not in data.column_names:
-        return None
-    return next((row for row, labels in enumerate(data["labels"]) if labels and labels[0] != IGNORED), None)
 
 
 def _own_bases(model: Any, adapter: str, config: BaftConfig) -> tuple[int, int]:

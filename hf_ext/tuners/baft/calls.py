@@ -113,9 +113,8 @@ class Calls:
         self.weights: list[Recorded] | None = None
         self._inputs: tuple[nn.Module, dict[str, Any], int] | None = None  # of the pass, with the tokens in the cache
         self._call: Call | None = None  # made of them when a layer asks
-        self._prompt: tuple[int, Tensor | None] | None = (
-            None  # tokens of the prompt that is continued, and its attention mask
-        )
+        # While a prompt is continued: its tokens, and its attention mask.
+        self._prompt: tuple[int, Tensor | None] | None = None
         self._arguments: list[str] = []
         self._hooks: list[Any] = []
 
