@@ -118,7 +118,7 @@ def tokenised(words: dict[str, int], pairs: Sequence[tuple[str, str]]) -> Datase
     data = []
     for prompt, answer in pairs:
         before, after = ([words[word] for word in text.split()] for text in (prompt, answer))
-        data.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
+        data.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     return Dataset.from_list(data)
 
 

@@ -142,11 +142,11 @@ def edit(
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, records: Sequence[EditRecord], append_eos: bool) -> Dataset:
-    """Prompt and answer as token ids with the boundary between them, the same for every trainer."""
+    """Prompt and answer as token ids, with labels on the answer alone: TRL would take a mask of completions of tokenised data for none."""
     rows = []
     for record in records:
         prompt = tokenizer(record.prompt)["input_ids"]
         answer = tokenizer(f" {record.target_new}", add_special_tokens=False)["input_ids"]
         answer = answer + [tokenizer.eos_token_id] * append_eos
-        rows.append({"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return Dataset.from_list(rows)
