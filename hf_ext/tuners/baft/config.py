@@ -30,6 +30,8 @@ class BaftConfig(PeftConfig):
         gate (`str`): what gives every basis vector its weight for an input: `"sigmoid"` of a linear map (default), `"softmax"` of
             one, so that the weights add up to 1, `"mlp"`, a sigmoid with one hidden layer of `r`, or `"none"`: weights of 1, which is LoReFT.
         gate_bias (`float`, *optional*): what the sigmoid gets at the start, for `"sigmoid"` and `"mlp"`. Default -2: weights of 0.12.
+        normalize (`bool`): let the gate read hidden states divided by their root mean square. Default True: in pretrained models states are tens or hundreds in
+            size, and a sigmoid of them is soon shut for good. False is the formula as it stands; it changes nothing with the gate `"none"`.
         init_weights (`bool`): begin without any effect. Default True; False takes random values, for tests.
         target_modules (`str` or `list[str]`, *optional*): names of the blocks, or a regular expression, instead of `layers`, for models
             whose blocks are not found. A configuration that has been used holds names.
@@ -49,6 +51,7 @@ class BaftConfig(PeftConfig):
     positions: str = field(default="l1+tail", metadata={"help": "Tokens: fN, lN, tail, all, joined by '+'."})
     gate: str = field(default="sigmoid", metadata={"help": f"One of {', '.join(GATES)}."})
     gate_bias: float | None = field(default=None, metadata={"help": "What the sigmoid gets at the start."})
+    normalize: bool = field(default=True, metadata={"help": "Let the gate read states of size 1."})
     init_weights: bool = field(default=True, metadata={"help": "Begin without any effect."})
     target_modules: str | list[str] | set[str] | None = field(
         default=None, metadata={"help": "Names of blocks instead of `layers`, or a regular expression."}

@@ -40,7 +40,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     baft_V: nn.ParameterDict
 
     adapter_layer_names = ("baft_R", "baft_A", "baft_b", "baft_U", "baft_c", "baft_V")
-    other_param_names = ("baft_usage", "baft_state", "positions", "gate")
+    other_param_names = ("baft_usage", "baft_state", "positions", "gate", "normalize")
 
     def __init__(self, name: str, calls: Calls, width: int) -> None:
         super().__init__()
@@ -50,6 +50,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_usage, self.baft_state = saved_buffers(), saved_buffers()
         self.positions: dict[str, Positions] = {}
         self.gate: dict[str, str] = {}
+        self.normalize: dict[str, bool] = {}
         self._disable_adapters, self._active_adapter = False, []
         self.merged_adapters: list[str] = []
         self.hook: Any = None
@@ -68,6 +69,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """
         self._check_room(config.r)
         self.positions[name], self.gate[name] = parse_positions(config.positions), config.gate
+        self.normalize[name] = config.normalize
         for key, value in self._start(config, config.r).items():
             getattr(self, key)[name] = nn.Parameter(value.to(device))
         self.baft_usage[name] = torch.zeros(config.r, device=device)
@@ -195,6 +197,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         kind = self.gate[name]
         if kind == "none":
             return (state_K != CLOSED).to(hidden.dtype).expand(*hidden.shape[:-1], -1)
+        if self.normalize[name]:
+            hidden = nn.functional.rms_norm(hidden, hidden.shape[-1:])
         features = (hidden @ own["baft_V"].mT).relu() if kind == "mlp" else hidden
         logits = features @ own["baft_U"].mT + own["baft_c"]
         weights = logits.softmax(-1) if kind == "softmax" else logits.sigmoid()

@@ -60,7 +60,9 @@ def tiny(request, recorded):
     base.load_state_dict({n[8:]: v for n, v in recorded.items() if n.startswith("weights.")}, strict=False)
     positions = {"last1": "l1", "last3": "l3"}[request.param]
     r = len(recorded["baft.1.b"])
-    model = get_peft_model(base, BaftConfig(r=r, layers=[1, 2], positions=positions, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, BaftConfig(r=r, layers=[1, 2], positions=positions, normalize=False, task_type="CAUSAL_LM")
+    )
     model = model.double().eval()
     for layer in model.modules():
         if isinstance(layer, BaftLayer):
@@ -276,6 +278,19 @@ def test_gates(gate, tmp_path):
         torch.testing.assert_close(
             PeftModel.from_pretrained(build("llama"), tmp_path).eval()(input_ids=IDS).logits, expected, **CLOSE
         )
+
+
+@torch.no_grad()
+def test_a_normalised_gate_does_not_see_how_large_states_are():
+    for normalize in (True, False):
+        model = adapted(layers=[0], normalize=normalize)
+        (layer,) = (module for module in model.modules() if isinstance(module, BaftLayer))
+        hidden, found = torch.randn(5, 64), []
+        for scale in (1.0, 100.0):
+            with recorded_weights(model) as weights:
+                layer._moved("default", scale * hidden)
+            found.append(weights[0].edited())
+        assert torch.allclose(*found, atol=1e-5) is normalize
 
 
 @torch.no_grad()
