@@ -36,6 +36,7 @@ def run_two_processes(work: Callable[[Path, dict], Any], folder: Path, runs: lis
             "LOCAL_RANK": str(rank),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": str(rank),  # sets in another order in each: nothing may depend on it
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         workers.append(

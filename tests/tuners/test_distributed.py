@@ -22,15 +22,20 @@ def train(model: nn.Module, rows: torch.Tensor, prepare=lambda model, optimizer:
     return model
 
 
-def data_parallel(folder, run) -> dict[str, list]:
-    accelerator = Accelerator(cpu=True)
-    rows = ROWS.chunk(2)[accelerator.process_index]
-    tuner = next(tuner for tuner in TUNERS if tuner.name == run["tuner"])
-    model = train(adapted(tuner, "llama"), rows, accelerator.prepare)
+def same_in_both(model: nn.Module, accelerator: Accelerator) -> dict[str, list]:
     found = {name: p.detach() for name, p in trainable(model).items()}
     for name, both in accelerator.gather({name: p[None] for name, p in found.items()}).items():
         assert torch.equal(both[0], both[1]), name
     return {name: p.tolist() for name, p in found.items()}
+
+
+def data_parallel(folder, run) -> dict[str, list]:
+    accelerator = Accelerator(cpu=True)
+    rows = ROWS.chunk(2)[accelerator.process_index]
+    tuner = next(tuner for tuner in TUNERS if tuner.name == run["tuner"])
+    model = adapted(tuner, "llama")
+    same_in_both(model, accelerator)
+    return same_in_both(train(model, rows, accelerator.prepare), accelerator)
 
 
 @pytest.mark.slow
@@ -40,4 +45,5 @@ def test_ranks_agree_with_one_process(tmp_path):
         alone = trainable(train(adapted(tuner, "llama"), ROWS))
         assert set(found) == set(alone)
         for name, value in found.items():
-            torch.testing.assert_close(torch.tensor(value), alone[name].detach(), rtol=1e-5, atol=1e-6)
+            message = f"{tuner.name}: {name}: {{}}".format
+            torch.testing.assert_close(torch.tensor(value), alone[name].detach(), rtol=1e-5, atol=1e-6, msg=message)

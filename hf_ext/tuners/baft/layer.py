@@ -110,7 +110,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             tensors["baft_U"] = torch.zeros(count, count if config.gate == "mlp" else self.width)
             tensors["baft_c"] = torch.full((count,), config.gate_bias or 0.0)
         if not config.init_weights:
-            for key in {"baft_A", "baft_U"} & set(tensors):
+            for key in [key for key in tensors if key in ("baft_A", "baft_U")]:  # in the same order in every process
                 tensors[key] = torch.randn_like(tensors[key]) / tensors[key].shape[1] ** 0.5
             tensors["baft_b"] = torch.randn(count)
         return tensors
