@@ -12,8 +12,9 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(VENV)/.demo
 	$(BIN)/hf-ext demo
 
+# Two processes with a thread each: most models here are too small for a second thread to help.
 test: $(VENV)/.dev quality
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist worksteal
 
 # Rewrites: formatting, fixable lint, the generated tables of README and docs.
 style: $(VENV)/.dev docs
