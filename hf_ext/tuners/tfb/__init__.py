@@ -1,0 +1,19 @@
+"""TFB: training-free Bayesianization of LoRA adapters (https://huggingface.co/papers/2412.05723)."""
+
+from hf_ext.tuners.tfb.config import BayesianLoraConfig, BayesianRoseLoraConfig, load_bayesian
+from hf_ext.tuners.tfb.fit import TFBResult, bayesianize
+from hf_ext.tuners.tfb.posterior import Posterior, posterior, sample_weights
+from hf_ext.tuners.tfb.predict import Predictive, predict
+
+__all__ = [
+    "BayesianLoraConfig",
+    "BayesianRoseLoraConfig",
+    "Posterior",
+    "Predictive",
+    "TFBResult",
+    "bayesianize",
+    "load_bayesian",
+    "posterior",
+    "predict",
+    "sample_weights",
+]
