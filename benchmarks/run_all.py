@@ -11,6 +11,8 @@ SCRIPTS = (
     "neat_facts",
     "baft_cost",
     "baft_world",
+    "tfb_cost",
+    "tfb_digits",
     "overtone_cost",
     "memorised_facts",
     "overtone_world",

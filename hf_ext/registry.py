@@ -17,7 +17,7 @@ class Method:
     Attributes:
         slug: lower-case identifier; also the Hub tag, the docs page and the folder name.
         name: the name as the authors write it.
-        kind: where it plugs in: `"PEFT type"`, `"TRL trainer"`, `"cache"` or `"pipeline"`.
+        kind: where it plugs in: `"PEFT type"`, `"LoRA posterior"`, `"TRL trainer"`, `"cache"` or `"pipeline"`.
         summary: one sentence for tables and cards: what it does for the user.
         paper_title: title of the paper.
         arxiv: arXiv id, e.g. `"2406.10777"`.
@@ -297,7 +297,34 @@ BAFT = Method(
     peft_type="BAFT",
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT)
+TFB = Method(
+    slug="tfb",
+    name="TFB",
+    kind="LoRA posterior",
+    summary="turns a finished LoRA adapter into a distribution over adapters, without training: calibrated probabilities, and where the model does not know",
+    paper_title="Training-Free Bayesianization for Low-Rank Adapters of Large Language Models",
+    arxiv="2412.05723",
+    citation="""@inproceedings{shi2025trainingfree,
+  title     = {Training-Free Bayesianization for Low-Rank Adapters of Large Language Models},
+  author    = {Shi, Haizhou and Wang, Yibin and Han, Ligong and Zhang, Huan and Wang, Hao},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025},
+}""",
+    entry_points={
+        "bayesianize": "hf_ext.tuners.tfb",
+        "load_bayesian": "hf_ext.tuners.tfb",
+        "generate_with_uncertainty": "hf_ext.tuners.tfb",
+        "BayesianLoraConfig": "hf_ext.tuners.tfb",
+    },
+    changes="Nothing in the weights: the size of the noise with which the adapter can be drawn is stored in its configuration.",
+    limits=(
+        "Without this package the adapter is what it was without noise.",
+        "The size of the noise was fitted to one kind of inputs; for others, fit it again.",
+        "Draws vary around one adapter: several adapters that were trained apart disagree about more.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB)
 
 
 def method(slug: str) -> Method:

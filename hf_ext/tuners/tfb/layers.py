@@ -7,6 +7,7 @@ import re
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -112,8 +113,10 @@ def adapter_of(model: Any, adapter: str | None) -> str:
     """The adapter that is meant: the active one unless another is named.
 
     Raises:
-        ValueError: none is active, or several are.
+        ValueError: it is no `PeftModel`, no adapter is active, or several are.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"model of type {type(model).__name__}: give a PeftModel, as get_peft_model makes it.")
     if adapter is not None:
         return adapter
     active = [model.active_adapter] if isinstance(model.active_adapter, str) else list(model.active_adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -46,10 +46,12 @@ class Posterior:
             noise.resize(sigma)
 
     def expand(self, value: Any) -> Any:
-        """A batch, or a tensor of one, K times over, as the model expects it while this is open."""
-        if isinstance(value, Tensor):
-            return value.repeat(self.n_samples, *([1] * (value.ndim - 1))) if value.ndim else value
-        return {key: self.expand(part) for key, part in value.items()}
+        """A batch, or a tensor of one, K times over, as the model expects it while this is open; what is no tensor stays as it is."""
+        if isinstance(value, Mapping):
+            return {key: self.expand(part) for key, part in value.items()}
+        if isinstance(value, Tensor) and value.ndim:
+            return value.repeat(self.n_samples, *([1] * (value.ndim - 1)))
+        return value
 
 
 class _Noise(LoraVariant):
@@ -138,7 +140,8 @@ def posterior(
         first_sample: number of the first sample, for the sampler "coherent".
 
     Raises:
-        ValueError: nothing is stored and nothing given, the model is training, or a layer cannot get noise.
+        ValueError: nothing is stored and nothing given, the model is training, the adapter is not active, a posterior is open, or a layer
+            cannot get noise.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(map(repr, SAMPLERS))}.")
@@ -148,6 +151,10 @@ def posterior(
         raise ValueError("the model is in training mode, where dropout would be drawn too: call model.eval() first.")
     adapter = adapter_of(model, adapter)
     stored = fitted(model, adapter, needed=sigma is None)
+    if adapter not in model.active_adapters:
+        raise ValueError(f"adapter={adapter!r}: it is not active; call model.set_adapter({adapter!r}) first.")
+    if any(isinstance(m, LoraLayer) and isinstance(m.lora_variant.get(adapter), _Noise) for m in model.modules()):
+        raise ValueError("a posterior is open already; leave it before opening another.")
     sigma = stored["sigma_q"] if sigma is None else sigma
     targets = stored.get("targets", "all") if targets is None else targets
     layers = noisy_layers(model, adapter, targets)

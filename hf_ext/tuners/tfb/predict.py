@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,27 +84,41 @@ def _entropy(log_probs: Tensor) -> Tensor:
 def scores(model: PeftModel, batch: Any, classes: Sequence[int] | None = None, n_samples: int = 1) -> Tensor:
     """Logits of a batch that holds its rows `n_samples` times: `(K, B, C)`, on the CPU.
 
-    Of a causal language model, those of the token after the last one of each row.
+    Of a causal language model, those of the token after the last one of each row; no others are computed.
     """
     if isinstance(batch, Tensor):
         output = model(batch)
     else:
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        causal = any(config.task_type == TaskType.CAUSAL_LM for config in model.peft_config.values())
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if ids is not None and (causal or classes is not None):
+            return _split(_after_last(model, inputs, ids)[..., _chosen(classes)], n_samples)
+        output = model(**inputs)
     logits = output if isinstance(output, Tensor) else output.logits
-    causal = classes is not None or model.peft_config[next(iter(model.peft_config))].task_type == TaskType.CAUSAL_LM
-    if causal and logits.ndim == 3:
-        logits = logits[torch.arange(len(logits)), _last(batch, logits)]
-    if classes is not None:
-        logits = logits[..., list(classes)]
+    return _split(logits[..., _chosen(classes)], n_samples)
+
+
+def _chosen(classes: Sequence[int] | None) -> Any:
+    return slice(None) if classes is None else list(classes)
+
+
+def _split(logits: Tensor, n_samples: int) -> Tensor:
+    """`(K, B, C)`, wide enough to compute with."""
     return logits.reshape(n_samples, -1, *logits.shape[1:]).to(torch.promote_types(logits.dtype, torch.float32)).cpu()
 
 
-def _last(batch: Any, logits: Tensor) -> Tensor:
-    """The place of the last token of each row."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+def _after_last(model: PeftModel, inputs: dict[str, Any], ids: Tensor) -> Tensor:
+    """Logits `(rows, V)` of the token after the last one of each row, which may be padded on either side."""
+    mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1).to(logits.device)
+        mask = torch.ones(ids.shape[:2], device=ids.device)
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+        places, last = last.unique(return_inverse=True)
+        inputs = {**inputs, "logits_to_keep": places}
+    logits = model(**inputs).logits
+    return logits[torch.arange(len(logits), device=logits.device), last.to(logits.device)]
 
 
 def predict(

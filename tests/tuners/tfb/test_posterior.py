@@ -65,6 +65,7 @@ def test_samples_are_those_of_runs_of_their_own_and_of_materialised_adapters():
     for k in (0, 3):
         model.set_adapter(sample_weights(model, k, adapter="default"))
         torch.testing.assert_close(logits(model)[:, -1], together[k], rtol=0, atol=1e-6)
+    model.set_adapter("default")
     assert not torch.allclose(
         predict(model, {"input_ids": IDS}, 4, seed=1, adapter="default").logits, together, atol=1e-3
     )
@@ -216,6 +217,12 @@ def test_what_would_be_wrong_is_refused():
     refused(adapted(), "belong to one pass", sampler="local", samples_at_once=1)
     embeddings = adapted(LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
     refused(embeddings, "is a LoRA layer of type Embedding")
+    refused(adapted().get_base_model(), "give a PeftModel")
+    other = adapted()
+    other.add_adapter("other", LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    refused(other, "call model.set_adapter('other') first", adapter="other")
+    with posterior(other, 2, sigma=SIGMA):
+        refused(other, "a posterior is open already")
     merged = adapted()
     merged.merge_adapter()
     refused(merged, "'model.layers.0.self_attn.q_proj' is merged")
