@@ -22,8 +22,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_ext._compat import layer_features, saved_buffers
+from hf_ext.tuners.kept import Kept, keep
 from hf_ext.tuners.neat.config import NeatConfig
-from hf_ext.tuners.neat.kept import Kept, keep
 from hf_ext.tuners.neat.product import product
 from hf_ext.tuners.neat.reference import gain_of, hidden_features
 
