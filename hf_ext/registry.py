@@ -324,7 +324,34 @@ TFB = Method(
     ),
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB)
+LORVP = Method(
+    slug="lorvp",
+    name="LoR-VP",
+    kind="PEFT type",
+    summary="adapts a frozen image model by one learnt picture of low rank that is added to every input: a few thousand numbers, no cost when it is used",
+    paper_title="LoR-VP: Low-Rank Visual Prompting for Efficient Vision Model Adaptation",
+    arxiv="2502.00896",
+    citation="""@inproceedings{jin2025lorvp,
+  title     = {LoR-VP: Low-Rank Visual Prompting for Efficient Vision Model Adaptation},
+  author    = {Jin, Can and Li, Ying and Zhao, Mingyu and Zhao, Shiyu and Wang, Zhenting and He, Xiaoxiao and Han, Ligong and Che, Tong and Metaxas, Dimitris N.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+}""",
+    entry_points={
+        "LorVpConfig": "hf_ext.tuners.lorvp",
+        "LorVpModel": "hf_ext.tuners.lorvp",
+        "LabelMappingCallback": "hf_ext.tuners.lorvp",
+        "fit_label_map": "hf_ext.tuners.lorvp",
+    },
+    changes="No weight is changed: one picture, the same for all inputs, is added to the pixels, and a classifier of the new task is trained with it.",
+    limits=(
+        "A prompt is learnt for pictures of one size, as one image processor prepares them.",
+        "It adds a constant to what the first layer puts out: what a model cannot tell apart, it will not tell apart with a prompt either.",
+    ),
+    peft_type="LORVP",
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB, LORVP)
 
 
 def method(slug: str) -> Method:

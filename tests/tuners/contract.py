@@ -28,13 +28,15 @@ from transformers import (
     MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from hf_ext import BaftConfig, NeatConfig, RoseLoraConfig
+from hf_ext import BaftConfig, LorVpConfig, NeatConfig, RoseLoraConfig
 
 DECODER = dict(
     vocab_size=99,
@@ -63,6 +65,7 @@ class Family:
         task: of `PeftConfig`.
         convolution: name of a convolution.
         embedding: name of an embedding.
+        head: name of the last layer.
     """
 
     build: Callable[[], nn.Module]
@@ -71,6 +74,7 @@ class Family:
     task: str | None = "CAUSAL_LM"
     convolution: str | None = None
     embedding: str | None = None
+    head: str = "lm_head"
 
 
 def _decoder(kind: type, config: type, **more: Any) -> Callable[[], nn.Module]:
@@ -151,6 +155,7 @@ FAMILIES = {
         ("q_proj", "fc1"),
         task=None,
         convolution="projection",
+        head="classifier",
     ),
     "unet": Family(
         lambda: UNet2DConditionModel(
@@ -175,6 +180,16 @@ FAMILIES = {
         convolution="conv1",
     ),
 }
+LANGUAGE_AND_MORE = tuple(FAMILIES)
+FAMILIES["resnet"] = Family(
+    lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    ),
+    FAMILIES["vit"].inputs,
+    ("classifier.1", "classifier.1"),
+    task=None,
+    head="classifier.1",
+)
 GENERATING = ("llama", "qwen3", "gemma3", "gpt2")
 
 
@@ -225,7 +240,7 @@ class Tuner:
 
     name: str
     config: Callable[..., PeftConfig]
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = LANGUAGE_AND_MORE
     merges: bool = True
     linear: bool = True
     layers: frozenset[str] = frozenset()
@@ -245,6 +260,11 @@ def _neat(identity: bool, **options: Any) -> PeftConfig:
 
 def _baft(identity: bool, **options: Any) -> PeftConfig:
     return BaftConfig(**{"r": 4, "layers": "all", "positions": "f1+l1+tail", "init_weights": identity, **options})
+
+
+def _lorvp(identity: bool, **options: Any) -> PeftConfig:
+    started = {"r": 4, "image_size": 8, "pixel_scale": [2.0, 2.0, 2.5], "head": "none", "init_weights": identity}
+    return LorVpConfig(**{**started, **options})
 
 
 def _away() -> nn.Module:
@@ -278,6 +298,12 @@ class _Attention(nn.Module):
 
 def _grouped() -> nn.Module:
     return nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
+
+
+def _quantised_classifier() -> nn.Module:
+    model = build("vit")
+    model.classifier.weight = nn.Parameter(torch.zeros(3, 64, dtype=torch.int8), requires_grad=False)
+    return model
 
 
 TUNERS = (
@@ -398,6 +424,50 @@ TUNERS = (
                 "PEFT mixes six types of its own",
                 lambda: get_peft_model(build("llama"), _baft(True), mixed=True),
                 "'BAFT' is not compatible",
+            ),
+        ),
+    ),
+    Tuner(
+        "LoR-VP",
+        _lorvp,
+        families=("vit", "resnet"),
+        linear=False,
+        refusals=(
+            Refusal(
+                "models without a two-dimensional convolution over pixels: language models, videos, pictures that come as patches",
+                "a prompt is a picture, and what a convolution makes of it is the same for every input",
+                lambda: get_peft_model(build("llama"), _lorvp(True)),
+                "LlamaForCausalLM has no nn.Conv2d that reads pictures",
+            ),
+            Refusal(
+                "layers other than the one that reads the pixels",
+                "behind it a prompt is no longer a picture",
+                lambda: get_peft_model(build("vit"), _lorvp(True, target_modules=["q_proj"])),
+                "target_modules=.* matches",
+            ),
+            Refusal(
+                "pictures of another size than the prompt, unless `resize_prompt=True`",
+                "a prompt is learnt for its pixels",
+                lambda: get_peft_model(build("vit"), _lorvp(True))(pixel_values=torch.zeros(1, 3, 4, 4)),
+                "is for pictures of 8 x 8 pixels, and these have 4 x 4",
+            ),
+            Refusal(
+                'the head `"label_map"` with more classes than the model has',
+                "each class is given a source class of its own",
+                lambda: get_peft_model(build("vit"), _lorvp(True, head="label_map", num_labels=4)),
+                "num_labels=4: the model has 3 classes",
+            ),
+            Refusal(
+                'a classifier in 4 or 8 bits, with the head `"linear"`',
+                "integers cannot be trained",
+                lambda: get_peft_model(_quantised_classifier(), _lorvp(True, head="linear")),
+                "the classifier 'classifier' is quantised",
+            ),
+            Refusal(
+                "`get_peft_model(..., mixed=True)`",
+                "PEFT mixes six types of its own",
+                lambda: get_peft_model(build("vit"), _lorvp(True), mixed=True),
+                "'LORVP' is not compatible",
             ),
         ),
     ),

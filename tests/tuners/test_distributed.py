@@ -6,17 +6,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.trainers.distributed import run_two_processes
-from tests.tuners.contract import IDS, TUNERS
+from tests.tuners.contract import FAMILIES, TUNERS
 from tests.tuners.test_contract import adapted, trainable
 
-ROWS = torch.cat([IDS, IDS[:1].flip(1)])
+
+def rows_of(family: str) -> dict[str, torch.Tensor]:
+    """Four of them, inputs and labels."""
+    return {name: torch.cat([value, value[:1].flip(-1)]) for name, value in FAMILIES[family].inputs.items()}
 
 
-def train(model: nn.Module, rows: torch.Tensor, prepare=lambda model, optimizer: (model, optimizer)) -> nn.Module:
+def train(
+    model: nn.Module, rows: dict[str, torch.Tensor], prepare=lambda model, optimizer: (model, optimizer)
+) -> nn.Module:
     own = trainable(model).values()
     wrapped, optimizer = prepare(model.train(), torch.optim.SGD(own, lr=0.1))
     for _ in range(3):
-        wrapped(input_ids=rows, labels=rows).loss.backward()
+        wrapped(**rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -31,9 +36,10 @@ def same_in_both(model: nn.Module, accelerator: Accelerator) -> dict[str, list]:
 
 def data_parallel(folder, run) -> dict[str, list]:
     accelerator = Accelerator(cpu=True)
-    rows = ROWS.chunk(2)[accelerator.process_index]
     tuner = next(tuner for tuner in TUNERS if tuner.name == run["tuner"])
-    model = adapted(tuner, "llama")
+    family = tuner.families[0]
+    rows = {name: value.chunk(2)[accelerator.process_index] for name, value in rows_of(family).items()}
+    model = adapted(tuner, family)
     same_in_both(model, accelerator)
     return same_in_both(train(model, rows, accelerator.prepare), accelerator)
 
@@ -42,7 +48,7 @@ def data_parallel(folder, run) -> dict[str, list]:
 def test_ranks_agree_with_one_process(tmp_path):
     results = run_two_processes(data_parallel, tmp_path, [{"tuner": tuner.name} for tuner in TUNERS])
     for tuner, found in zip(TUNERS, results, strict=True):
-        alone = trainable(train(adapted(tuner, "llama"), ROWS))
+        alone = trainable(train(adapted(tuner, tuner.families[0]), rows_of(tuner.families[0])))
         assert set(found) == set(alone)
         for name, value in found.items():
             message = f"{tuner.name}: {name}: {{}}".format
