@@ -170,6 +170,25 @@ def test_an_adapter_for_each_row(tuner, family):
         model.train()(input_ids=ids, adapter_names=names)
 
 
+@pytest.mark.parametrize(("tuner", "family"), [p for p in MATRIX if p.values[1] in ("bert", "vit")])
+@torch.no_grad()
+def test_an_adapter_and_a_head_for_each_row(tuner, family):
+    options = {"modules_to_save": ["classifier"], "task_type": None}
+    model = adapted(tuner, family, **options)
+    torch.manual_seed(1)
+    model.add_adapter("second", config(tuner, family, **options))
+    heads = dict(model.named_modules())["base_model.model.classifier"].modules_to_save
+    for head in heads.values():
+        nn.init.normal_(head.weight)
+    model.eval()
+    names = ["second", "__base__", "default"]
+    found = model(**FAMILIES[family].inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        alone = model.disable_adapter() if name == "__base__" else contextlib.nullcontext(model.set_adapter(name))
+        with alone:
+            torch.testing.assert_close(found[row], output(model.eval(), family)[row], **CLOSE)
+
+
 @pytest.mark.parametrize(("tuner", "family"), [p for p in MATRIX if p.values[0].merges])
 @torch.no_grad()
 def test_two_adapters_at_once_and_merged(tuner, family):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from hf_ext.tuners.baft.calls import Calls
 from hf_ext.tuners.baft.config import BaftConfig
 from hf_ext.tuners.baft.layer import UNMERGEABLE, BaftLayer
 from hf_ext.tuners.ranges import is_count
+from hf_ext.tuners.rows import adapter_for_each_row
 
 # No prefix of a name may be in it, or PEFT would take the layer for a part of an adapter.
 _ATTACHED = "basis_edit"
@@ -111,17 +112,12 @@ class BaftModel(BaseTuner):
             ValueError: an adapter that the model does not have, or names in training mode.
         """
         names = kwargs.get("adapter_names")
-        if names is not None and self.training:
-            raise ValueError("adapter_names: they are for inference; call model.eval() first.")
-        if names is not None and (unknown := sorted(set(names) - set(self.peft_config) - {"__base__"})):
-            raise ValueError(
-                f"adapter_names: there is no adapter {unknown}; the model has {sorted(self.peft_config)}."
-            )
         layer = next(_layers(self.model), None)
-        if layer is None:
-            yield
-            return
-        with layer.calls.generating(_prompt_tokens(args, kwargs), kwargs.get("attention_mask"), names):
+        with ExitStack() as stack:
+            stack.enter_context(adapter_for_each_row(self, names))
+            if layer is not None:
+                mask = kwargs.get("attention_mask")
+                stack.enter_context(layer.calls.generating(_prompt_tokens(args, kwargs), mask, names))
             yield
 
     # -- going -----------------------------------------------------------------------------------------------------------

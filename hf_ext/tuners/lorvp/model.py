@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_ext.tuners.lorvp.config import LorVpConfig
@@ -16,6 +15,7 @@ from hf_ext.tuners.lorvp.fold import as_rows, position_table
 from hf_ext.tuners.lorvp.head import LorVpHead
 from hf_ext.tuners.lorvp.layer import LorVpConvolution, LorVpLayer, detach_map
 from hf_ext.tuners.lorvp.targets import base_of, classifiers_of, convolution_of, one_classifier, scales_of, vision_fact
+from hf_ext.tuners.rows import adapter_for_each_row
 
 FOLDS = ("auto", "positions", "map")
 
@@ -105,27 +105,8 @@ class LorVpModel(BaseTuner):
         Raises:
             ValueError: a name that the model does not have, or the model is in training mode.
         """
-        names = kwargs.get("adapter_names")
-        if names is None:
+        with adapter_for_each_row(self, kwargs.get("adapter_names"), LorVpLayer):
             yield
-            return
-        if self.training:
-            raise ValueError("adapter_names: they are for inference; call model.eval() first.")
-        if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
-            raise ValueError(
-                f"adapter_names: there is no adapter {unknown}; the model has {sorted(self.peft_config)}."
-            )
-
-        def add_names(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names}
-
-        layers = [module for module in self.modules() if isinstance(module, (LorVpLayer, AuxiliaryTrainingWrapper))]
-        hooks = [cast(nn.Module, layer).register_forward_pre_hook(add_names, with_kwargs=True) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     # -- going ---------------------------------------------------------------------------------------------------------
 

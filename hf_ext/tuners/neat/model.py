@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ext.tuners.neat.config import NeatConfig
 from hf_ext.tuners.neat.layer import CONVOLUTIONS, NeatLayer
+from hf_ext.tuners.rows import adapter_for_each_row
 
 
 class NeatModel(PeanutModel):
@@ -58,27 +59,8 @@ class NeatModel(PeanutModel):
         Raises:
             ValueError: a name that the model does not have, or the model is in training mode.
         """
-        names = kwargs.get("adapter_names")
-        if names is None:
+        with adapter_for_each_row(self, kwargs.get("adapter_names"), NeatLayer):
             yield
-            return
-        if self.training:
-            raise ValueError("adapter_names: they are for inference; call model.eval() first.")
-        if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
-            raise ValueError(
-                f"adapter_names: there is no adapter {unknown}; the model has {sorted(self.peft_config)}."
-            )
-
-        def add_names(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names}
-
-        layers = [module for module in self.modules() if isinstance(module, NeatLayer)]
-        hooks = [layer.register_forward_pre_hook(add_names, with_kwargs=True) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _check_supported(target: nn.Module, name: str, options: dict[str, Any]) -> None:
