@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from transformers import ProcessorMixin
 
 from hf_ext._compat import peft_type
 from hf_ext.tuners.ranges import is_count
@@ -41,7 +42,7 @@ class LorVpConfig(PeftConfig):
         resize_prompt (`bool`): resize the prompt to images of another size. Default False: they are refused.
         freeze_norm (`bool`): keep what is frozen in eval mode while training: no dropout, and statistics of BatchNorm stay. Default True.
         target_modules (`str` or `list[str]`, *optional*): name of the convolution that reads the pixels. Default: the first that reads as many channels as pictures
-            have. A configuration that has been used holds names.
+            have. A configuration that has been used holds what was found for its model: names, sizes and scales; make another one for another model.
         exclude_modules (`str` or `list[str]`, *optional*): names that are left out of `target_modules`.
         modules_to_save (`list[str]`, *optional*): modules that are trained whole and saved with the adapter, besides the classifier of the head `"linear"`.
 
@@ -77,6 +78,8 @@ class LorVpConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if not isinstance(self.pixel_scale, (str, int, float)):
+            self.pixel_scale = [float(each) for each in self.pixel_scale]
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
         elif self.image_size is not None:
@@ -137,9 +140,18 @@ class LorVpConfig(PeftConfig):
 
 
 def scale_of(processor: Any) -> float | list[float]:
-    """What a step of 1 in pixels of [0, 1] is in the outputs of an image processor, for each colour."""
-    step = processor.rescale_factor * 255 if processor.do_rescale else 255.0
-    if not processor.do_normalize:
-        return step
-    std = processor.image_std
+    """What a step of 1 in pixels of [0, 1] is in the outputs of an image processor, or of a processor that has one, for each colour.
+
+    Raises:
+        ValueError: it does not say how it normalises.
+    """
+    if isinstance(processor, ProcessorMixin):
+        processor = processor.image_processor
+    try:
+        step = processor.rescale_factor * 255 if processor.do_rescale else 255.0
+        std = processor.image_std if processor.do_normalize else 1.0
+    except AttributeError as error:
+        raise ValueError(
+            f"processor: {type(processor).__name__} does not say how it normalises ({error}); give pixel_scale."
+        ) from error
     return [step / each for each in std] if isinstance(std, (list, tuple)) else step / std

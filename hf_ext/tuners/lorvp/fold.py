@@ -25,10 +25,11 @@ def position_table(model: nn.Module, name: str, layer: LorVpConvolution, merged_
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:end]))
-        for table_name in _tables(module, height * width, depth):
+        if tables := _tables(module, height * width, depth):
             inside = ".".join(parts[end:])
-            if _is_exact(module, inside, table_name, layer, merged_map):
-                return _rows(module, table_name, height * width)
+            for table_name in tables:
+                if _is_exact(module, inside, table_name, layer, merged_map):
+                    return _rows(module, table_name, height * width)
             raise ValueError(
                 f"something stands between the patches of {type(module).__name__} and its positions, so that a prompt cannot be folded into them."
             )
@@ -60,10 +61,15 @@ def _is_exact(module: nn.Module, conv_name: str, table_name: str, layer: LorVpCo
     twin = copy.deepcopy(module).float().eval()
     base = layer.convolution
     device = base.weight.device
-    settings = next(iter(layer.settings.values()))
+    settings = layer.settings[layer.merged_adapters[0]]
     pixels = torch.randn(2, base.in_channels, *settings.size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.autocast(device.type, enabled=False):
-        expected = _first(twin(pixels))
+        try:
+            expected = _first(twin(pixels))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"whether a prompt can be folded into the positions of {type(module).__name__} cannot be tried, since it does not take pictures alone, or not of this size ({error})."
+            ) from error
         parent, _, child = conv_name.rpartition(".")
         setattr(twin.get_submodule(parent), child, twin.get_submodule(conv_name).get_base_layer())  # type: ignore[operator]
         _rows(twin, table_name, merged_map.shape[2] * merged_map.shape[3]).add_(as_rows(merged_map).float())

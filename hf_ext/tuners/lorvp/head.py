@@ -31,6 +31,7 @@ class LorVpHead(nn.Module, LorVpLayer):
         self.lorvp_label_map = saved_buffers()
         self.labels: dict[str, dict[int, str]] = {}
         self.model_config = model_config
+        self.source_problem = model_config.problem_type
         self.source_labels = dict(cast(dict[int, str], model_config.id2label))
 
     def names(self) -> set[str]:
@@ -52,26 +53,35 @@ class LorVpHead(nn.Module, LorVpLayer):
     # -- which classes the model has -----------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if len(self.present(names)) > 1:
-            raise ValueError(
-                f"adapters {self.present(names)} both map the classes of the model: activate one of them."
-            )
         super().set_adapter(adapter_names, inference_mode)
         self.announce()
+
+    def check_one(self, names: list[str]) -> None:
+        """
+        Raises:
+            ValueError: several of these adapters map the classes.
+        """
+        if len(set(self.present(names))) > 1:
+            raise ValueError(f"adapters {self.present(names)} both map the classes of the model: use one of them.")
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self.announce()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.announce()
+        # Which one is active instead is not for this layer to say, which does not have them all.
+        for holder in (self.lorvp_head, self.lorvp_label_map, self.labels):
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
 
     def announce(self) -> None:
         """Tell the model's configuration which classes there are: the loss reads their number."""
         active = [] if self.disable_adapters else self.merged_adapters or self.present(self.active_adapters)
         labels = self.labels[active[0]] if active else self.source_labels
+        if len(labels) != self.model_config.num_labels:
+            # The loss has written it for the old number.
+            self.model_config.problem_type = self.source_problem
         self.model_config.num_labels = len(labels)
         self.model_config.id2label = dict(labels)
         self.model_config.label2id = {name: number for number, name in labels.items()}
@@ -87,9 +97,9 @@ class LorVpHead(nn.Module, LorVpLayer):
             return scores
         if names is not None:
             return self._mapped_by_row(scores, self._owners(names, len(scores)))
-        for adapter in self.merged_adapters or self.present(self.active_adapters):
-            scores = self.mapped(scores, adapter)
-        return scores
+        mapping = self.merged_adapters or self.present(self.active_adapters)
+        self.check_one(mapping)
+        return self.mapped(scores, mapping[0]) if mapping else scores
 
     def mapped(self, scores_NS: Tensor, adapter: str) -> Tensor:
         """Scores of target classes."""
@@ -112,7 +122,9 @@ class LorVpHead(nn.Module, LorVpLayer):
     # -- merging -------------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self.merged_adapters += self.present(check_adapters_to_merge(self, adapter_names))
+        names = self.present(check_adapters_to_merge(self, adapter_names))
+        self.check_one([*self.merged_adapters, *names])
+        self.merged_adapters += names
         self.announce()
 
     def unmerge(self) -> None:
@@ -155,6 +167,7 @@ class LorVpHead(nn.Module, LorVpLayer):
             if bias_T is not None:
                 base.bias = nn.Parameter(bias_T.contiguous(), requires_grad=False)
             base.out_features = len(weight_TD)
+        self.enable_adapters(True)  # so that the configuration has the classes of what is merged
         return base
 
     def __repr__(self) -> str:

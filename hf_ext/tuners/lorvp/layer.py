@@ -99,6 +99,19 @@ class LorVpConvolution(nn.Module, LorVpLayer):
         """Without adapters."""
         return cast(nn.Conv2d, self.get_base_layer())
 
+    @property
+    def stride(self) -> Any:
+        """Some models read it."""
+        return self.convolution.stride
+
+    @property
+    def kernel_size(self) -> Any:
+        return self.convolution.kernel_size
+
+    @property
+    def dilation(self) -> Any:
+        return self.convolution.dilation
+
     # -- prompts -------------------------------------------------------------------------------------------------------
 
     def update_layer(
@@ -152,42 +165,42 @@ class LorVpConvolution(nn.Module, LorVpLayer):
         return reference.tiled(values, height, width) if kind == "tile" else values
 
     def _scaled_prompt(self, adapter: str) -> Tensor:
-        return reference.scaled(self.prompt(adapter), self.settings[adapter].scale)
+        device = self._get_base_layer_device_and_dtype(self.convolution)[0]
+        with torch.autocast(device.type if device is not None else "cpu", enabled=False):
+            return reference.scaled(self.prompt(adapter), self.settings[adapter].scale)
 
     # -- what the convolution makes of them ----------------------------------------------------------------------------
 
     def _convolved(self, prompt_CHW: Tensor, adapter: str, size: tuple[int, int]) -> Tensor:
         base = self.convolution
-        if tuple(prompt_CHW.shape[1:]) != size:
+        if prompt_CHW.shape[1:] != size:
             prompt_CHW = reference.resized(prompt_CHW, *size)
         pixels_1CHW = F.pad(prompt_CHW[None], self.settings[adapter].padding).to(base.weight.dtype)
-        if base.bias is None:
-            return self.base_layer(pixels_1CHW)
-        # By the module, not by its formula: it may standardise its weights, or have them gathered from elsewhere.
-        return functional_call(
-            self.base_layer, {"bias": base.weight.new_zeros(base.out_channels)}, (pixels_1CHW,), tie_weights=False
-        )
+        # Without what it adds to every input. By the module, not by its formula: it may standardise its weights, or have them gathered from elsewhere.
+        without = {"bias": base.weight.new_zeros(base.out_channels)} if base.bias is not None else {}
+        if "spatial_bias" in dict(base.named_buffers()):
+            without["spatial_bias"] = torch.zeros_like(cast(Tensor, base.spatial_bias))
+        return functional_call(self.base_layer, without, (pixels_1CHW,), tie_weights=False)
 
     def constant_map(self, adapter: str, size: tuple[int, int] | None = None) -> Tensor:
         """What an adapter adds to the outputs of the convolution, `(1, D, h, w)`, for pictures of a size; default: that of the prompt."""
         size = size or self.settings[adapter].size
         if adapter in self._merged_prompts:
             return self._convolved(self._merged_prompts[adapter], adapter, size)
-        if torch.compiler.is_compiling():
+        holders: list[nn.Module] = [self.lorvp_B, self.lorvp_A, self.lorvp_C, self.lorvp_P]
+        own = [holder[adapter] for holder in holders if adapter in holder]  # type: ignore[operator, index]
+        # What is trained changes unseen: fused optimizers do not count their writes.
+        if torch.compiler.is_compiling() or any(p.requires_grad for p in (*own, *self.convolution.parameters())):
+            self._kept.pop(adapter, None)
             return self._convolved(self._scaled_prompt(adapter), adapter, size)
-        sources: list[nn.Module] = [self.convolution, *(getattr(self, name) for name in self.adapter_layer_names)]
-        trains = torch.is_grad_enabled() and any(
-            p.requires_grad for source in sources for p in source.parameters(recurse=False)
-        )
         kept_size, kept = self._kept.get(adapter, (None, None))
-        if not trains and kept_size == size and kept is not None and kept.still_true():
+        if kept_size == size and kept is not None and kept.still_true():
             return kept.value
-        if not trains:
-            kept = keep(sources, lambda: self._convolved(self._scaled_prompt(adapter), adapter, size))
-            if kept is not None:
-                self._kept[adapter] = (size, kept)
-                return kept.value
-        return self._convolved(self._scaled_prompt(adapter), adapter, size)
+        kept = keep([self.convolution, *holders], lambda: self._convolved(self._scaled_prompt(adapter), adapter, size))
+        if kept is None:
+            return self._convolved(self._scaled_prompt(adapter), adapter, size)
+        self._kept[adapter] = (size, kept)
+        return kept.value
 
     def _size(self, pixels: Tensor, adapter: str) -> tuple[int, int]:
         """Of the pictures, before the model put anything around them.
@@ -201,7 +214,7 @@ class LorVpConvolution(nn.Module, LorVpLayer):
         if (height, width) != settings.size and not settings.resize:
             raise ValueError(
                 f"image_size: the prompt of adapter {adapter!r} is for pictures of {settings.size[0]} x {settings.size[1]} pixels, and these have {height} x {width}: resize them, or "
-                "set resize_prompt=True."
+                "set resize_prompt=True. If they have the right size, the model pads them in a way that LoR-VP does not know."
             )
         return height, width
 
@@ -256,9 +269,21 @@ class LorVpConvolution(nn.Module, LorVpLayer):
         return base
 
     def merged_map(self) -> Tensor | None:
-        """What merged adapters add to the outputs of the convolution, `(1, D, h, w)`."""
+        """What merged adapters add to the outputs of the convolution, `(1, D, h, w)`.
+
+        Raises:
+            ValueError: they are for pictures of different sizes.
+        """
+        if len({self.settings[name].size for name in self.merged_adapters}) > 1:
+            raise ValueError(
+                f"the prompts of {self.merged_adapters} are for pictures of different sizes: merge one of them."
+            )
         maps = [self.constant_map(name) for name in self.merged_adapters]
         return torch.stack(maps).sum(0) if maps else None
+
+    def train(self, mode: bool = True) -> LorVpConvolution:
+        self._kept.clear()
+        return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> LorVpConvolution:
         # `.to`, `.half` and the like write to `.data`.
@@ -291,7 +316,10 @@ def rest(module: nn.Module) -> bool:
 
 
 def attach_map(convolution: nn.Module, spatial_bias: Tensor) -> None:
-    """Let a convolution add `spatial_bias` `(1, D, h, w)`, which becomes a buffer of it, to its outputs."""
+    """Let a convolution add `spatial_bias` `(1, D, h, w)`, which becomes a buffer of it, to its outputs; a second one is added to the first."""
+    if "spatial_bias" in dict(convolution.named_buffers()):
+        convolution.spatial_bias = cast(Tensor, convolution.spatial_bias) + spatial_bias
+        return
     convolution.register_buffer("spatial_bias", spatial_bias)
     cast(Any, convolution).spatial_bias_hook = convolution.register_forward_hook(_add_map)
 
@@ -308,4 +336,4 @@ def _add_map(convolution: nn.Module, args: Any, output: Tensor) -> Tensor:
         raise ValueError(
             f"spatial_bias: the prompt was merged for {tuple(bias.shape[-2:])} outputs of the convolution, and these pictures give {tuple(output.shape[-2:])}: resize them."
         )
-    return output + bias
+    return output + bias.to(output.dtype)

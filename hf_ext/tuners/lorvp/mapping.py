@@ -93,6 +93,8 @@ def fit_label_map(model: nn.Module, batches: Iterable[dict[str, Any]], assignmen
     try:
         for batch in batches:
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            if "labels" not in inputs:
+                raise ValueError(f"batches: one has {sorted(inputs)} and no labels, from which the map is counted.")
             labels_N = inputs.pop("labels")
             seen.clear()
             model(**inputs)
@@ -105,7 +107,7 @@ def fit_label_map(model: nn.Module, batches: Iterable[dict[str, Any]], assignmen
     finally:
         hook.remove()
         model.train(training)
-    counts_ST = reduce(counts_ST)
+    counts_ST = reduce(counts_ST, reduction="sum")
     if missing := (counts_ST.sum(0) == 0).nonzero().flatten().tolist():
         raise ValueError(f"labels: no picture of the classes {missing}, which can then be given no source class.")
     counts_ST = counts_ST.cpu()
@@ -118,7 +120,7 @@ def fit_label_map(model: nn.Module, batches: Iterable[dict[str, Any]], assignmen
 class LabelMappingCallback(TrainerCallback):
     """Fits the label map of a LoR-VP adapter to the training data, at the start and after epochs (ILM).
 
-    The log gets `label_map/agreement`, the share of pictures whose most probable source class is that of their class, and `label_map/gain`, by how much that is above the greedy map.
+    `trainer.state.log_history` gets `label_map/agreement`, the share of pictures whose most probable source class is that of their class, and `label_map/gain`, by how much that is above the greedy map.
 
     Args:
         every (`int`, *optional*): epochs between two fits. Default 1; None fits once, at the start (FLM).
@@ -135,22 +137,25 @@ class LabelMappingCallback(TrainerCallback):
             raise ValueError(f"assignment={assignment!r}: choose one of {', '.join(map(repr, ASSIGNMENTS))}.")
         self.every, self.assignment = every, assignment
         self.fitted: LabelMap | None = None
+        self._epochs = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         head_of(kwargs["model"])
+        self._epochs = int(state.epoch or 0)
         if not state.global_step:  # a resumed run has the map of its checkpoint
             self._fit(args, kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every is not None and round(state.epoch or 0) % self.every == 0:
+        self._epochs += 1
+        if self.every is not None and self._epochs % self.every == 0:
             self._fit(args, kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.fitted is not None:
+        if self.fitted is not None and "loss" in (kwargs["logs"] or {}):
             gain = self.fitted.agreement - self.fitted.greedy_agreement
             state.log_history[-1] |= {"label_map/agreement": self.fitted.agreement, "label_map/gain": gain}
 

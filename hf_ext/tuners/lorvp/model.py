@@ -31,7 +31,7 @@ class LorVpModel(BaseTuner):
 
     prefix = "lorvp_"
     tuner_layer_cls = LorVpLayer
-    target_module_mapping = {}  # noqa: RUF012
+    target_module_mapping = {}  # noqa: RUF012  # any model: `_prepare_model` finds the convolution
 
     # -- which layers --------------------------------------------------------------------------------------------------
 
@@ -48,14 +48,21 @@ class LorVpModel(BaseTuner):
             )
         config.image_size = [size, size] if isinstance(size, int) else list(size)
         config.pixel_scale = scales_of(config, model, cast(nn.Conv2d, base_of(model.get_submodule(name))).in_channels)
-        _check_fits(config, min(config.image_size))
-        targets = {name}
+        _check_fits(config)
+        targets, asked = {name}, list(config.modules_to_save or ())
         if config.head != "none":
-            classifiers = classifiers_of(model, name)
+            classifiers = classifiers_of(model, name, config.head, facts.get("model_type"))
             if config.head == "linear":
-                config.modules_to_save = sorted({*(config.modules_to_save or ()), *classifiers})
+                # Those that contain a classifier would be trained with it, and could be neither loaded nor merged.
+                asked = [each for each in asked if not any(_within(found, each) for found in classifiers)]
+                config.modules_to_save = sorted({*asked, *classifiers})
             else:
-                targets.add(one_classifier(model, classifiers, config))
+                mapped = one_classifier(model, classifiers, config)
+                if double := [each for each in asked if _within(mapped, each)]:
+                    raise ValueError(
+                        f"modules_to_save={double}: head={config.head!r} maps what this puts out; use head='linear' to train it."
+                    )
+                targets.add(mapped)
         config.target_modules = targets
 
     def _create_and_replace(
@@ -84,6 +91,29 @@ class LorVpModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    # -- which adapters -------------------------------------------------------------------------------------------------
+
+    def _check_one_head(self, names: str | list[str]) -> None:
+        """
+        Raises:
+            ValueError: several of these adapters map the classes of the model.
+        """
+        for module in self.modules():
+            if isinstance(module, LorVpHead):
+                module.check_one([names] if isinstance(names, str) else names)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_one_head(adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_one_head(self.active_adapters if adapter_names is None else adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.set_adapter(self.active_adapters)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
@@ -156,12 +186,17 @@ class LorVpModel(BaseTuner):
         return super().unload()
 
 
-def _check_fits(config: LorVpConfig, smaller: int) -> None:
-    """`smaller`: of height and width.
+def _within(name: str, other: str) -> bool:
+    """Whether a module is the other one or a part of it."""
+    return name == other or name.startswith(f"{other}.")
 
+
+def _check_fits(config: LorVpConfig) -> None:
+    """
     Raises:
         ValueError: a frame or a tile is as large as the picture.
     """
+    smaller = min(cast(list[int], config.image_size))
     if config.prompt.startswith("low_rank") and config.r > smaller:
         warnings.warn(
             f"r={config.r}: a prompt of {config.image_size} pixels has no higher rank than {smaller}.", stacklevel=2

@@ -74,17 +74,19 @@ def convolution_of(model: nn.Module, config: LorVpConfig, facts: dict[str, Any])
     return name
 
 
-def classifiers_of(model: nn.Module, convolution: str) -> list[str]:
+def classifiers_of(model: nn.Module, convolution: str, head: str, model_type: str | None) -> list[str]:
     """Names of the linear layers that name classes: outside of the part of the model that reads the pixels, as many outputs as classes.
 
     Raises:
-        ValueError: there is none, or one is quantised.
+        ValueError: there is none, one is quantised, or its outputs are mapped by an adapter with another head.
     """
-    backbone, found = convolution.split(".")[0], []
+    # A model of timm has both in one.
+    parts = 2 if model_type == "timm_wrapper" else 1
+    backbone, found = convolution.split(".")[:parts], []
     classes = cast(int, model.config.num_labels) if isinstance(model, PreTrainedModel) else 0
     for name, module in _modules(model).items():
         inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else base_of(module)
-        if name.split(".")[0] == backbone or not isinstance(inner, nn.Linear):
+        if name.split(".")[:parts] == backbone or not isinstance(inner, nn.Linear):
             continue
         # One that is mapped has the classes of the source.
         if isinstance(module, BaseTunerLayer) or inner.out_features == classes:
@@ -93,9 +95,13 @@ def classifiers_of(model: nn.Module, convolution: str) -> list[str]:
                     f"the classifier {name!r} is quantised and cannot be trained: load the base with llm_int8_skip_modules=[{name.split('.')[0]!r}], which serves 4 and 8 bits."
                 )
             found.append(name)
+    if head == "linear" and any(isinstance(model.get_submodule(name), BaseTunerLayer) for name in found):
+        raise ValueError(
+            f"head='linear': {found[0]!r} is mapped by another adapter; use its head, or another copy of the model."
+        )
     if not found:
         raise ValueError(
-            f"head: {type(model).__name__} has no linear classifier outside of {backbone!r}. Set head='none', and name what is to be trained with the prompt, if anything, "
+            f"head: {type(model).__name__} has no linear classifier outside of {'.'.join(backbone)!r}. Set head='none', and name what is to be trained with the prompt, if anything, "
             "in modules_to_save."
         )
     return found

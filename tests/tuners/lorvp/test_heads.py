@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
@@ -12,6 +13,8 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments, ViTForI
 
 from hf_ext import LabelMappingCallback, LorVpConfig, fit_label_map
 from hf_ext.tuners.lorvp.head import LorVpHead
+from hf_ext.tuners.lorvp.layer import LorVpLayer
+from tests.trainers.distributed import run_two_processes
 from tests.tuners.lorvp.families import BUILD, CLASSES, build, pictures, scores
 
 MAPPED = [family for family in BUILD if family != "clip, two towers"]
@@ -105,6 +108,71 @@ def test_the_configuration_says_which_classes_there_are():
     assert model.unload().config.id2label == source
 
 
+def mapped(count: int) -> LorVpConfig:
+    return LorVpConfig(image_size=32, pixel_scale=2.0, head="label_map", num_labels=count)
+
+
+@torch.no_grad()
+def test_one_map_at_a_time():
+    model = adapted()
+    model.add_adapter("pair", mapped(2))
+    before = scores(model.eval(), pictures(), "vit")
+    for attempt in (
+        lambda: model.base_model.set_adapter(["default", "pair"]),
+        lambda: model.merge_adapter(["default", "pair"]),
+    ):
+        with pytest.raises(ValueError, match="both map the classes"):
+            attempt()
+        torch.testing.assert_close(scores(model, pictures(), "vit"), before)
+    injected = build("vit")
+    injected.add_adapter(mapped(3), adapter_name="a")
+    injected.add_adapter(mapped(2), adapter_name="b")
+    injected.set_adapter(["a", "b"])
+    with pytest.raises(ValueError, match="both map the classes"):
+        scores(injected, pictures(), "vit")
+
+
+@torch.no_grad()
+def test_deleting_the_active_adapter_leaves_one_active_everywhere():
+    model = adapted(head="none")
+    model.add_adapter("b", mapped(3))
+    model.add_adapter("c", LorVpConfig(image_size=32, pixel_scale=2.0, head="none"))
+    model.set_adapter("c")
+    model.delete_adapter("c")
+    (active,) = {tuple(layer.active_adapters) for layer in model.modules() if isinstance(layer, LorVpLayer)}
+    assert active == tuple(model.active_adapters) == ("b",)
+    assert scores(model.eval(), pictures(), "vit").shape == (2, 3) and model.config.num_labels == 3
+
+
+@torch.no_grad()
+def test_what_is_merged_while_disabled_has_its_classes(tmp_path):
+    model = adapted()
+    model.disable_adapter_layers()
+    merged = model.merge_and_unload()
+    assert merged.config.id2label == NAMES and scores(merged, pictures(), "vit").shape == (2, 3)
+
+
+def test_the_kind_of_loss_follows_the_classes():
+    model = adapted(head="output_map", id2label={0: "score"})
+    model(pixel_values=pictures(), labels=torch.tensor([0.5, 0.1])).loss.backward()
+    with model.disable_adapter():
+        found = model(pixel_values=pictures(), labels=torch.tensor([0, 4]))
+    torch.testing.assert_close(found.loss, nn.functional.cross_entropy(found.logits, torch.tensor([0, 4])))
+
+
+def test_classifiers_that_are_named_twice(tmp_path):
+    model = adapted("resnet", "linear", modules_to_save=["classifier"])
+    assert model.peft_config["default"].modules_to_save == ["classifier.1"]
+    with pytest.raises(
+        ValueError, match=r"modules_to_save=\['classifier'\]: head='label_map' maps what this puts out"
+    ):
+        adapted(modules_to_save=["classifier"])
+    injected = build("vit")
+    injected.add_adapter(mapped(3))
+    with pytest.raises(ValueError, match="head='linear': 'classifier' is mapped by another adapter"):
+        injected.add_adapter(LorVpConfig(image_size=32, pixel_scale=2.0), adapter_name="second")
+
+
 def test_auto_class_finds_base_and_adapter(tmp_path):
     base = build("vit")
     base.save_pretrained(tmp_path / "base")
@@ -182,6 +250,8 @@ def test_what_cannot_be_mapped(found):
         fit_label_map(fresh(), [rows])
     with pytest.raises(ValueError, match="not all in 0 to 2"):
         fit_label_map(fresh(), [{**rows, "labels": torch.tensor([0, 1, 3])}])
+    with pytest.raises(ValueError, match="and no labels, from which the map is counted"):
+        fit_label_map(fresh(), [{"pixel_values": pictures(3)}])
     with pytest.raises(ValueError, match="assignment='best': choose one of"):
         fit_label_map(fresh(), [rows], "best")
     with pytest.raises(ValueError, match="no active adapter of the model has a label map"):
@@ -190,6 +260,24 @@ def test_what_cannot_be_mapped(found):
         LabelMappingCallback(every=0)
     with pytest.raises(ValueError, match="assignment='best'"):
         LabelMappingCallback(assignment="best")
+
+
+def counted_apart(folder, run) -> dict[str, list]:
+    """Each process counts every second batch."""
+    accelerator = Accelerator(cpu=True)
+    data = Rows(tuple(run["names"]))
+    batches = [
+        {k: torch.stack([torch.as_tensor(row[k]) for row in part]) for k in data[0]}
+        for part in (data.rows[::2], data.rows[1::2])
+    ]
+    found = fit_label_map(fresh(), batches[accelerator.process_index :: 2])
+    return {"sources": found.sources, "agreement": [found.agreement]}
+
+
+@pytest.mark.slow
+def test_processes_count_together(found, tmp_path):
+    (result,) = run_two_processes(counted_apart, tmp_path, [{"names": found[1]}])
+    assert tuple(result["sources"]) == found[1] and result["agreement"] == [1.0]
 
 
 def _trainer(model, data, folder, epochs=2, **options) -> Trainer:

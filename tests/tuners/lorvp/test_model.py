@@ -6,7 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_ext import LorVpConfig
@@ -119,6 +125,7 @@ def test_unmerging_is_exact_and_broken_prompts_are_not_merged():
 @torch.no_grad()
 def test_the_map_is_kept_until_something_changes():
     model, pixels = adapted("vit"), pictures()
+    model.requires_grad_(False)
     layer, calls = layer_of(model), []
     layer.get_base_layer().register_forward_hook(lambda *_: calls.append(1))
     scores(model, pixels, "vit"), scores(model, pixels, "vit")
@@ -132,6 +139,90 @@ def test_the_map_is_kept_until_something_changes():
     torch.testing.assert_close(
         layer(pixels.double()), layer.get_base_layer()(pixels.double() + added(model)), rtol=1e-9, atol=1e-9
     )
+
+
+def test_what_is_trained_is_never_kept():
+    """Fused optimizers, which `Trainer` takes by default, write without PyTorch's counting it."""
+    model, pixels = adapted("vit", init_weights=True), pictures()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.no_grad():
+            before = scores(model, pixels, "vit")
+        scores(model, pixels, "vit").sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            after = scores(model, pixels, "vit")
+            assert not torch.allclose(after, before)
+            torch.testing.assert_close(after, scores(build("vit"), pixels + added(model), "vit"), **CLOSE)
+
+
+def test_evaluations_along_a_training_see_it(tmp_path):
+    rows = [{"pixel_values": picture, "labels": number % CLASSES} for number, picture in enumerate(pictures(16))]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=3, learning_rate=0.05, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, seed=0, bf16=False,
+    )  # fmt: skip
+    model = adapted("resnet", init_weights=True)
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len({first, *losses}) >= 4
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses[1:]), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_merged_map_can_be_adapted_and_merged_again():
+    pixels = pictures()
+    first = adapted("resnet")
+    second = added(first).clone()
+    with pytest.warns(UserWarning, match="save the adapter"):
+        merged = first.merge_and_unload()
+    expected = scores(merged, pixels, "resnet")
+    again = get_peft_model(merged, LorVpConfig(image_size=SIZE, pixel_scale=SCALE, head="none")).eval()
+    torch.testing.assert_close(scores(again, pixels, "resnet"), expected, **CLOSE)
+    nn.init.normal_(layer_of(again).lorvp_B["default"])
+    both = scores(build("resnet"), pixels + second + added(again), "resnet")
+    torch.testing.assert_close(scores(again, pixels, "resnet"), both, **CLOSE)
+    torch.testing.assert_close(scores(again.merge_and_unload(fold="map"), pixels, "resnet"), both, **CLOSE)
+
+
+@torch.no_grad()
+def test_folding_where_it_cannot_be_tried():
+    """A prompt for pictures of another size than the model's positions."""
+    model, pixels = adapted("siglip", image_size=16), pictures(size=16)
+    expected = model(pixel_values=pixels, interpolate_pos_encoding=True).logits
+    with pytest.raises(ValueError, match=r"no table of positions|cannot be tried"):
+        model.merge_and_unload(fold="positions")
+    with pytest.warns(UserWarning, match="save the adapter"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(pixel_values=pixels, interpolate_pos_encoding=True).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_folds_the_adapter_that_is_merged():
+    model = adapted("vit", image_size=2 * SIZE, resize_prompt=True)
+    model.add_adapter("second", LorVpConfig(image_size=SIZE, pixel_scale=SCALE, head="none", init_weights=False))
+    both = copy.deepcopy(model)
+    model.set_adapter("second")
+    expected = scores(model.eval(), pictures(), "vit")
+    torch.testing.assert_close(scores(model.merge_and_unload(fold="positions"), pictures(), "vit"), expected, **CLOSE)
+    with pytest.raises(ValueError, match="for pictures of different sizes"):
+        both.merge_and_unload(adapter_names=["default", "second"])
+
+
+def test_prompts_are_computed_wide_under_autocast():
+    model = adapted("vit")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer_of(model)._scaled_prompt("default").dtype == torch.float32
+
+
+def test_models_that_pad_by_themselves_say_so():
+    config = MobileNetV2Config(image_size=SIZE, num_labels=CLASSES)
+    model = get_peft_model(MobileNetV2ForImageClassification(config), LorVpConfig(pixel_scale=SCALE))
+    with pytest.raises(ValueError, match="the model pads them in a way that LoR-VP does not know"):
+        model(pixel_values=pictures())
 
 
 @torch.no_grad()
