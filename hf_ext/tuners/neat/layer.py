@@ -222,6 +222,8 @@ class NeatLayer(nn.Module, PeanutLayer):
             return kept.value
         network = self._network(adapter)
         if gradients and any(p.requires_grad for layer in network for p in layer.parameters()):
+            # Fused optimizers do not count their writes.
+            self._kept.pop(adapter, None)
             return self._computed_factors(adapter)
         if kept is not None and kept.still_true():
             return kept.value

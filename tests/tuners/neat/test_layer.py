@@ -98,6 +98,10 @@ def evaluate(layer, x):
 
 CHANGES = {
     "a step": lambda layer: torch.optim.SGD(layer.peanut_A.parameters(), lr=1.0).step(),
+    "a fused step, which is not counted": lambda layer: (
+        layer(torch.ones(4, 12)).sum().backward(),
+        torch.optim.SGD(layer.peanut_A.parameters(), lr=1.0, fused=True).step(),
+    ),
     "loading": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
     "an edit of the weight": lambda layer: (layer.base_layer.weight.data.mul_(2), layer.invalidate()),
     "a counted edit of the weight": lambda layer: nn.init.ones_(layer.base_layer.weight),
