@@ -26,6 +26,7 @@ class Method:
         changes: one sentence for the model card: what the method does to a model's weights or behaviour.
         limits: known limits, one sentence each; they are printed in every card.
         peft_type: the `PeftType` member, for PEFT types.
+        lora_export: the function that writes an adapter of this type as LoRA, if there is one.
     """
 
     slug: str
@@ -39,6 +40,7 @@ class Method:
     changes: str
     limits: tuple[str, ...]
     peft_type: str | None = None
+    lora_export: str | None = None
 
     @property
     def paper_url(self) -> str:
@@ -81,6 +83,7 @@ ROSELORA = Method(
         "The method was not designed for long sequences of edits applied one after another.",
     ),
     peft_type="ROSELORA",
+    lora_export="hf_ext.tuners.roselora.save_as_lora",
 )
 
 OVERTONE = Method(
@@ -266,6 +269,7 @@ NEAT = Method(
         "Its updates are among those that LoRA of the same rank can express; what differs is how they are reached.",
     ),
     peft_type="NEAT",
+    lora_export="hf_ext.tuners.neat.save_as_lora",
 )
 
 BAFT = Method(

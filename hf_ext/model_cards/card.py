@@ -94,7 +94,7 @@ def build_card(
         adapter=facts.adapter,
         intended_use=_text(intended_use),
         snippet=snippet(facts, repo_id),
-        our_type=our_type.slug if our_type else None,
+        lora_export=our_type.lora_export if our_type else None,
         datasets=named,
         training=facts.training,
         runtime=_duration(facts.training.runtime) if facts.training and facts.training.runtime else None,

@@ -29,6 +29,7 @@ _PIPELINE_TAGS = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
+    "IMAGE_CLS": "image-classification",
 }
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -36,6 +37,7 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
+    "ForImageClassification": "IMAGE_CLS",  # not one of PEFT's
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 # Said elsewhere in the card, or meaningless outside the run.
@@ -67,6 +69,7 @@ class Facts:
     Attributes:
         adapter: what is published, if that is an adapter.
         merged: the adapter whose update lies in the published weights.
+        trained_classes: number of classes of a classifier that is saved with the adapter; the base has to be loaded with as many.
     """
 
     base: BaseModel
@@ -80,6 +83,7 @@ class Facts:
     quantization: str | None
     training: TrainingFacts | None
     versions: dict[str, str]
+    trained_classes: int | None
 
     @property
     def pipeline_tag(self) -> str | None:
@@ -125,7 +129,14 @@ def collect(
         quantization=_quantization(core),
         training=training_facts(trainer) if trainer else None,
         versions=_versions(trainer is not None),
+        trained_classes=_trained_classes(core, config),
     )
+
+
+def _trained_classes(core: Any, config: PeftConfig | None) -> int | None:
+    if config is None or not config.to_dict().get("modules_to_save"):
+        return None
+    return core.config.num_labels if _task_type(core, config) in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS") else None
 
 
 def unwrapped_model(model_or_trainer: Any) -> Model:

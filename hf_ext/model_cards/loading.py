@@ -14,6 +14,7 @@ _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "IMAGE_CLS": "AutoModelForImageClassification",
 }
 
 
@@ -32,7 +33,9 @@ def snippet(facts: Facts, repo_id: str | None) -> str:
         lines.insert(0, f"import hf_ext  # makes the PEFT type {facts.adapter.peft_type} known")
     revision = f', revision="{facts.base.commit}"' if facts.base.commit else ""
     base = f'"{facts.base.id}"{revision}' if facts.base.id else "base_folder"
-    lines += ["", f"name = {name}", f"base = {auto_class}.from_pretrained({base})"]
+    # The classifier of the base may have another size; the adapter brings its own.
+    classes = f", num_labels={facts.trained_classes}, ignore_mismatched_sizes=True" if facts.trained_classes else ""
+    lines += ["", f"name = {name}", f"base = {auto_class}.from_pretrained({base}{classes})"]
     if facts.base.id is None:
         lines.insert(-2, 'base_folder = "base"  # the folder of the base model described under "Model details"')
     return "\n".join([*lines, "model = PeftModel.from_pretrained(base, name)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from types import MappingProxyType
@@ -10,11 +11,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from hf_ext import NeatConfig
+from hf_ext import BaftConfig, LorVpConfig, NeatConfig
 from hf_ext.model_cards import build_card, validate
-from hf_ext.registry import OVERTONE, ROSELORA
+from hf_ext.registry import METHODS, OVERTONE, ROSELORA
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, roselora_model, tiny_tokenizer
 
@@ -121,6 +128,33 @@ def test_snippet_uses_the_repository_id():
         build_card(lora_model(), base_model="user/b", repo_id="user/a"), "How to get started with the model"
     )
     assert 'name = "user/a"' in code and 'from_pretrained("user/b")' in code and "import hf_ext" not in code
+
+
+def test_what_cards_say_of_exports_exists():
+    for method in METHODS:
+        if method.lora_export:
+            module, _, name = method.lora_export.rpartition(".")
+            assert callable(getattr(importlib.import_module(module), name))
+    baft = get_peft_model(make_tiny_llama(), BaftConfig())
+    assert "LoRA adapter with the same outputs" not in str(build_card(baft))
+
+
+def test_the_snippet_of_a_prompted_image_model_runs(tmp_path, monkeypatch):
+    """The classifier of the base has other classes than the one that is saved with the prompt."""
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
+    ViTForImageClassification(ViTConfig(**small, num_labels=7)).save_pretrained(tmp_path / "user" / "base")
+    options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    base = ViTForImageClassification.from_pretrained(tmp_path / "user" / "base", **options)
+    model = get_peft_model(base, LorVpConfig(pixel_scale=2.0, init_weights=False)).eval()
+    card = build_card(model, base_model="user/base")
+    assert card.data.pipeline_tag == "image-classification" and "lorvp" in card.data.tags
+    model.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = section(card, "How to get started with the model").split("```python")[1].split("```")[0]
+    found: dict = {}
+    exec(code, found)
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(found["model"].eval()(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
 
 
 def test_roselora_card():
