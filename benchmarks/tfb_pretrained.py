@@ -65,19 +65,21 @@ class Reader:
         return torch.tensor([list(WORDS).index(row["label"]) for row in rows])
 
 
-def fit(model: nn.Module, reader: Reader, rows: list[dict[str, Any]], seed: int) -> nn.Module:
-    order = random.Random(seed)
+def fit(model: Any, reader: Reader, rows: list[dict[str, Any]], seed: int) -> None:
+    order, base = random.Random(seed), model.get_base_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     model.train()
     for _ in range(EPOCHS):
         order.shuffle(rows)
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            logits = model(**reader.batches(part)[0], logits_to_keep=1).logits[:, -1, reader.classes]
+            # Of the vocabulary, four words alone.
+            hidden = base.model(**reader.batches(part)[0]).last_hidden_state[:, -1]
+            logits = (hidden @ base.lm_head.weight[reader.classes].mT).float()
             nn.functional.cross_entropy(logits, reader.labels(part)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return model.eval()
+    model.eval()
 
 
 def outputs(model: Any, reader: Reader, rows: list[dict[str, Any]], draws: int, sigma: float) -> Predictive:
