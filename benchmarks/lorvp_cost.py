@@ -95,7 +95,7 @@ def main() -> None:
             step(PromptedPixels(build()), pixels, labels),
             5,
         )
-        evaluated = get_peft_model(build(), config()).eval()
+        evaluated = get_peft_model(build(), config()).eval().requires_grad_(False)  # as it is loaded
         sides[f"{name}: forward pass", "without a prompt"] = read(evaluated, pixels), read(build().eval(), pixels), 9
     results = []
     for (work, against), (ours, other, repeats) in sides.items():
