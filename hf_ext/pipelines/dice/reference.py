@@ -21,9 +21,6 @@ MASK_SCHEDULES: dict[str, Callable[[float], float]] = {
     "root": lambda t: 1 - math.sqrt(1 - t),
     "early_root": lambda t: math.sqrt(t),
 }
-INJECTIONS = ("add", "variance_preserving", "max")
-LAMBDA_SCHEDULES = ("constant", "linear", "exp")
-ANCHORS = ("model", "corrected", "onehot")
 CONVENTIONS = ("paper", "paella")
 
 

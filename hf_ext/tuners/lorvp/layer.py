@@ -137,6 +137,7 @@ class LorVpConvolution(nn.Module, LorVpLayer):
             "tile": {"lorvp_P": (colours, config.width or 0, config.width or 0)},
             "free": {"lorvp_P": (colours, height, width)},
         }
+        holders = {"lorvp_B": self.lorvp_B, "lorvp_A": self.lorvp_A, "lorvp_C": self.lorvp_C, "lorvp_P": self.lorvp_P}
         for name, shape in shapes[config.prompt].items():
             parameter = nn.Parameter(torch.zeros(shape))
             if not config.init_weights:
@@ -145,7 +146,7 @@ class LorVpConvolution(nn.Module, LorVpLayer):
                 nn.init.normal_(parameter, std=config.init_std)
             elif name == "lorvp_C":
                 nn.init.ones_(parameter)
-            getattr(self, name)[adapter_name] = parameter
+            holders[name][adapter_name] = parameter
         self._kept.pop(adapter_name, None)
         self._added(adapter_name, config)
 

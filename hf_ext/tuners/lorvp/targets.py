@@ -27,14 +27,13 @@ def vision_fact(facts: dict[str, Any], name: str) -> Any:
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """By name, without what is inside of adapters."""
     found: dict[str, nn.Module] = {}
+    wrappers: list[str] = []
     for name, module in model.named_modules():
-        if not any(name.startswith(f"{outer}.") for outer, each in found.items() if _wraps(each)):
+        if not name.startswith(tuple(wrappers)):
             found[name] = module
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                wrappers.append(f"{name}.")
     return found
-
-
-def _wraps(module: nn.Module) -> bool:
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def convolution_of(model: nn.Module, config: LorVpConfig, facts: dict[str, Any]) -> str:
@@ -135,7 +134,7 @@ def scales_of(config: LorVpConfig, model: nn.Module, colours: int) -> list[float
     scales = config.pixel_scale
     if scales == "auto":
         scales = _beside(model)
-    found = list(scales) if isinstance(scales, (list, tuple)) else [float(scales)] * colours
+    found = list(scales) if isinstance(scales, list) else [float(scales)] * colours
     if len(found) != colours:
         raise ValueError(f"pixel_scale={scales!r}: the model reads {colours} channels; give one number for each.")
     return found
