@@ -21,7 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from tests.tuners.contract import FAMILIES, GENERATING, IDS, TUNERS, Tuner, build, config, loss, output
+from tests.tuners.contract import TUNERS, Tuner, config
+from tests.tuners.families import FAMILIES, GENERATING, IDS, build, loss, output
 
 MATRIX = [pytest.param(tuner, family, id=f"{tuner.name}-{family}") for tuner in TUNERS for family in tuner.families]
 EACH = [pytest.param(tuner, id=tuner.name) for tuner in TUNERS]

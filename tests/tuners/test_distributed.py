@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.trainers.distributed import run_two_processes
-from tests.tuners.contract import FAMILIES, TUNERS
+from tests.tuners.contract import TUNERS
+from tests.tuners.families import FAMILIES
 from tests.tuners.test_contract import adapted, trainable
 
 

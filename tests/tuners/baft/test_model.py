@@ -18,7 +18,7 @@ from transformers import (
 from hf_ext import BaftConfig
 from hf_ext.tuners.baft import BaftLayer, recorded_weights
 from tests.oracles import ORACLES
-from tests.tuners.contract import DECODER, IDS, build
+from tests.tuners.families import DECODER, IDS, build
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
