@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +50,26 @@ def add_stored(name: str, runs: list[dict[str, Any]], key: Callable[[dict[str, A
     known = [key(run) for run in runs]
     runs.extend(run for run in stored_runs(name) if key(run) not in known)
     runs.sort(key=lambda run: json.dumps(key(run)))
+
+
+def run_seeds(
+    name: str,
+    seeds: Sequence[int],
+    measure: Callable[[int], list[dict[str, Any]]],
+    table: Callable[[list[dict[str, Any]]], str],
+    key: Callable[[dict[str, Any]], Any],
+) -> None:
+    """The main of a script that measures seed by seed: those on the command line, or all, that are not stored yet; then the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    warnings.filterwarnings("ignore")
+    runs = stored_runs(name)
+    for seed in parser.parse_args().seeds:
+        if seed not in {run["seed"] for run in runs}:
+            runs += measure(seed)
+            add_stored(name, runs, key)
+            write(name, {"command": f"python -m benchmarks.{name}", "runs": runs, "table": table(runs)})
+    print(table(runs))
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

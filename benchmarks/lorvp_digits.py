@@ -11,8 +11,6 @@ Learning rates are the best in validation, for each arm and seed: of the classif
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from benchmarks.common import add_stored, markdown, spread, stored_runs, write
+from benchmarks.common import markdown, run_seeds, spread
 from hf_ext import LorVpConfig, fit_label_map
 
 NAME, SEEDS, SIZE, EPOCHS, BATCH = "lorvp_digits", (0, 1, 2), 32, 20, 64
@@ -191,16 +189,7 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    warnings.filterwarnings("ignore")
-    runs = stored_runs(NAME)
-    for seed in parser.parse_args().seeds:
-        if seed not in {run["seed"] for run in runs}:
-            runs += measure(seed)
-            add_stored(NAME, runs, key)
-            write(NAME, {"command": "python -m benchmarks.lorvp_digits", "runs": runs, "table": table(runs)})
-    print(table(runs))
+    run_seeds(NAME, SEEDS, measure, table, key)
 
 
 if __name__ == "__main__":

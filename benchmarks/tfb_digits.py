@@ -9,9 +9,7 @@ tells them from 400 images with shuffled pixels is the last column. The anchor a
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.common import add_stored, markdown, spread, stored_runs, write
+from benchmarks.common import markdown, run_seeds, spread
 from hf_ext.metrics.calibration import auroc, evaluate_calibration, fit_temperature
 from hf_ext.tuners.tfb import Predictive, bayesianize, predict
 
@@ -190,16 +188,7 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    warnings.filterwarnings("ignore")
-    runs = stored_runs(NAME)
-    for seed in parser.parse_args().seeds:
-        if seed not in {run["seed"] for run in runs}:
-            runs += measure(seed)
-            add_stored(NAME, runs, key)
-            write(NAME, {"command": "python -m benchmarks.tfb_digits", "runs": runs, "table": table(runs)})
-    print(table(runs))
+    run_seeds(NAME, SEEDS, measure, table, key)
 
 
 if __name__ == "__main__":

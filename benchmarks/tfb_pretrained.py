@@ -10,11 +10,9 @@ Finished seeds are kept in the results file, so the script can be stopped and co
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.common import add_stored, markdown, spread, stored_runs, write
+from benchmarks.common import markdown, run_seeds, spread
 from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.calibration import auroc, evaluate_calibration, fit_temperature
 from hf_ext.tuners.tfb import Predictive, bayesianize, predict
@@ -172,17 +170,8 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
-    runs = stored_runs(NAME)
-    for seed in parser.parse_args().seeds:
-        if seed not in {run["seed"] for run in runs}:
-            runs += measure(seed)
-            add_stored(NAME, runs, key)
-            write(NAME, {"command": "python -m benchmarks.tfb_pretrained", "runs": runs, "table": table(runs)})
-    print(table(runs))
+    run_seeds(NAME, SEEDS, measure, table, key)
 
 
 if __name__ == "__main__":
