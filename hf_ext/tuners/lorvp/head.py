@@ -33,6 +33,7 @@ class LorVpHead(nn.Module, LorVpLayer):
         self.model_config = model_config
         self.source_problem = model_config.problem_type
         self.source_labels = dict(cast(dict[int, str], model_config.id2label))
+        self.register_load_state_dict_post_hook(_check_maps)
 
     def names(self) -> set[str]:
         return set(self.labels)
@@ -172,3 +173,15 @@ class LorVpHead(nn.Module, LorVpLayer):
 
     def __repr__(self) -> str:
         return "lorvp." + super().__repr__()
+
+
+def _check_maps(head: LorVpHead, incompatible_keys: Any) -> None:
+    """
+    Raises:
+        ValueError: a loaded map names source classes that the classifier does not have.
+    """
+    for adapter, chosen_T in head.lorvp_label_map.items():
+        if chosen_T.device.type != "meta" and int(chosen_T.max()) >= head.out_features:
+            raise ValueError(
+                f"adapter {adapter!r} maps to the source class {int(chosen_T.max())}, and the classifier has {head.out_features}: it was trained on another model, see its base_model_name_or_path."
+            )

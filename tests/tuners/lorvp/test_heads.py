@@ -73,6 +73,19 @@ def test_a_merged_model_of_mapped_classes_is_an_ordinary_one(tmp_path):
         torch.testing.assert_close(scores(again, pictures(), "vit").detach(), expected, **CLOSE)
 
 
+def test_a_map_of_another_model_is_refused(tmp_path):
+    model = adapted()
+    use_map(model, [CLASSES - 1, 1, 0])
+    model.save_pretrained(tmp_path / "adapter")
+    build("vit").save_pretrained(tmp_path / "base")
+    options = dict(num_labels=CLASSES - 1, ignore_mismatched_sizes=True)
+    smaller = ViTForImageClassification.from_pretrained(tmp_path / "base", **options)
+    with pytest.raises(
+        ValueError, match=f"maps to the source class {CLASSES - 1}, and the classifier has {CLASSES - 1}"
+    ):
+        PeftModel.from_pretrained(smaller, tmp_path / "adapter")
+
+
 @torch.no_grad()
 def test_the_configuration_says_which_classes_there_are():
     model, source = adapted(), dict(build("vit").config.id2label)
