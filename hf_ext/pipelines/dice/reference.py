@@ -7,7 +7,7 @@ Source: https://huggingface.co/papers/2410.08207, Algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,8 @@ def anchor_logits(
     """Logits whose largest are at the tokens: what full strength leads back to.
 
     Args:
-        logits_BNV: of the model for the tokens without noise.
-        mode: `"model"`, these logits, as the authors; exact only where the model repeats what it sees. `"corrected"`, where it does not, the token is put `margin` above the rest. `"onehot"`, 0 at the token and
+        logits_BNV: of the model for the tokens without noise; `"onehot"` takes their shape alone.
+        mode: `"model"`, these logits, as the authors; exact only where the model repeats what it sees. `"corrected"`, the same, but each token is at least `margin` above the rest. `"onehot"`, 0 at the token and
             `floor` elsewhere.
     """
     chosen_BN1 = tokens_BN[..., None]
@@ -84,10 +84,9 @@ def anchor_logits(
         return torch.full_like(logits_BNV, floor).scatter_(-1, chosen_BN1, 0.0)
     if mode == "model":
         return logits_BNV
-    best_BN1 = logits_BNV.amax(-1, keepdim=True)
-    right_BN1 = logits_BNV.argmax(-1, keepdim=True) == chosen_BN1
-    value_BN1 = torch.where(right_BN1, best_BN1, best_BN1 + margin)
-    return logits_BNV.scatter(-1, chosen_BN1, value_BN1)
+    own_BN1 = logits_BNV.gather(-1, chosen_BN1)
+    rest_BN1 = logits_BNV.scatter(-1, chosen_BN1, -math.inf).amax(-1, keepdim=True)
+    return logits_BNV.scatter(-1, chosen_BN1, torch.maximum(own_BN1, rest_BN1 + margin))
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -103,56 +102,30 @@ def residual(anchor_BNV: Tensor, logits_BNV: Tensor, temperature: float) -> Tens
 # -- editing -----------------------------------------------------------------------------------------------------------------
 
 
-def lambda_schedule(value: float, steps: int, kind: str = "constant") -> list[float]:
-    """Strength of the residual in each of the editing steps: constant, linear to 0, or exponential to 1."""
-    if kind == "linear":
-        return torch.linspace(value, 0.0, steps, dtype=torch.float64).tolist()
-    if kind == "exp":
-        return torch.linspace(math.log(value), 0.0, steps, dtype=torch.float64).exp().tolist()
-    return [value] * steps
+def scheduled(value: float | Tensor, step: int, steps: int, kind: str = "constant") -> float | Tensor:
+    """Strength of the residual in an editing step: constant, linear to 0, or exponential to 1 in the last."""
+    left = 1.0 if steps == 1 else 1 - step / (steps - 1)
+    return {"constant": value, "linear": value * left, "exp": value**left}[kind]
 
 
 def injected(
-    logits_BNV: Tensor, residual_BNV: Tensor, gumbel_BNV: Tensor, lambda1: float, lambda2: float, how: str = "add"
-) -> Tensor:
-    """Logits with the residual and with noise: their sum, a sum whose variance is kept, or the larger of the two."""
-    if how == "max":
-        return logits_BNV + torch.maximum(lambda1 * residual_BNV, lambda2 * gumbel_BNV)
-    if how == "variance_preserving":
-        lambda1, lambda2 = math.sqrt(lambda1), math.sqrt(lambda2)
-    return logits_BNV + lambda1 * residual_BNV + lambda2 * gumbel_BNV
-
-
-def edited(
-    denoise: Callable[[Tensor, State], Tensor],
-    residual_of: Callable[[int], Tensor],
-    start_BN: Tensor,
-    noise_BN: Tensor,
-    uniforms_BN: Tensor,
-    states: Sequence[State],
-    lambdas: Sequence[tuple[float, float]],
-    gumbel_of: Callable[[int], Tensor],
+    logits_BNV: Tensor,
+    residual_BNV: Tensor,
+    gumbel_BNV: Tensor | float,
+    lambda1: float | Tensor,
+    lambda2: float | Tensor,
     how: str = "add",
-) -> Iterator[Tensor]:
-    """Tokens after every prediction, and after noise has been put back, down to those of the result.
+) -> Tensor:
+    """Logits with the residual and with noise: their sum, a sum whose variance is kept, or the larger of the two.
 
     Args:
-        denoise: logits of the new condition for tokens in a state, guided but not divided by the temperature.
-        residual_of: z of a state, by its number.
-        start_BN: tokens of the last state.
-        lambdas: strengths of residual and noise, in the order of use: the last state comes first.
-        gumbel_of: noise of an editing step, by its number in this order.
+        lambda1, lambda2: strengths of residual and noise; tensors are one per row or position, `(B, 1, 1)` or `(B, N, 1)`.
     """
-    tokens_BN = start_BN
-    for step, number in enumerate(reversed(range(len(states)))):
-        state, (lambda1, lambda2) = states[number], lambdas[step]
-        logits_BNV = denoise(tokens_BN, state) / state.temperature
-        summed_BNV = injected(logits_BNV, residual_of(number), gumbel_of(step), lambda1, lambda2, how)
-        tokens_BN = summed_BNV.argmax(-1)
-        yield tokens_BN
-        if number:
-            tokens_BN = noised(tokens_BN, noise_BN, uniforms_BN, states[number - 1].fraction)
-            yield tokens_BN
+    if how == "max":
+        return logits_BNV + torch.maximum(lambda1 * residual_BNV, torch.as_tensor(lambda2 * gumbel_BNV))
+    if how == "variance_preserving":
+        lambda1, lambda2 = lambda1**0.5, lambda2**0.5
+    return logits_BNV + lambda1 * residual_BNV + lambda2 * gumbel_BNV
 
 
 # -- multinomial diffusion -----------------------------------------------------------------------------------------------
@@ -173,7 +146,7 @@ class Kernel:
 
 
 LOG_FLOOR = math.log(1e-30)
-_LEAST = -70.0
+LEAST = -70.0
 
 
 def log_onehot(tokens_BN: Tensor, values: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -187,6 +160,15 @@ def _spread(log_BNV: Tensor, stay: Tensor, replace: Tensor, mask: Tensor) -> Ten
     values = torch.logaddexp(log_BNV[..., :-1] + stay.log(), replace.log())
     masked = torch.logaddexp(log_BNV[..., -1:] + torch.log1p(-mask), mask.log())
     return torch.cat([values, masked], -1)
+
+
+def truncated(log_BNK: Tensor, rate: float) -> Tensor:
+    """Log-probabilities of the likeliest values that make up `rate` of the probability, the first of them in any case; -70 for the others."""
+    ordered, places = log_BNK.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1).roll(1, -1)
+    before[..., 0] = 0.0
+    kept = torch.empty_like(before, dtype=torch.bool).scatter_(-1, places, before < rate)
+    return torch.where(kept, log_BNK, LEAST).clamp(min=LEAST)
 
 
 def log_noised(tokens_BN: Tensor, time: int, kernel: Kernel, values: int) -> Tensor:
@@ -212,6 +194,6 @@ def log_posterior(log_x0_BNK: Tensor, noisy_BN: Tensor, time: int, kernel: Kerne
     last_BNV[..., -1:] = torch.where(masked_BN1, 0.0, LOG_FLOOR)
     scores_BNK = log_x0_BNK - from_x0_BNK
     total_BN1 = scores_BNK.logsumexp(-1, keepdim=True)
-    share_BNV = torch.cat([scores_BNK - total_BN1, torch.full_like(total_BN1, _LEAST)], -1)
+    share_BNV = torch.cat([scores_BNK - total_BN1, torch.full_like(total_BN1, LEAST)], -1)
     before_BNV = _spread(share_BNV, kernel.aa[time - 1], kernel.bb[time - 1], kernel.cc[time - 1])
-    return (before_BNV + last_BNV + total_BN1).clamp(_LEAST, 0.0)
+    return (before_BNV + last_BNV + total_BN1).clamp(LEAST, 0.0)
