@@ -259,3 +259,36 @@ def shared_prefix(ids: list[int], other_ids: list[int]) -> int:
     from trl.data_utils import common_prefix_length
 
     return common_prefix_length(ids, other_ids)
+
+
+# -- diffusers, for hf_ext.pipelines.dice (imported inside the functions: `import hf_ext` must not import diffusers) ----
+
+
+def register_pipeline(cls: type) -> None:
+    """Let `DiffusionPipeline.from_pretrained` find a pipeline: it looks for names in the module `diffusers`, and offers no registry. A name that is there stays."""
+    import diffusers
+
+    existing = getattr(diffusers, cls.__name__, None)
+    if existing is None:
+        setattr(diffusers, cls.__name__, cls)
+    elif existing is not cls:
+        warnings.warn(
+            f"diffusers has a {cls.__name__} of its own, which DiffusionPipeline.from_pretrained loads. Ours is {cls.__module__}.{cls.__qualname__}.",
+            stacklevel=3,
+        )
+
+
+def has_amused_parts() -> bool:
+    """Whether diffusers still has what masked image models are made of: it has stopped to look after the pipelines that use them, since 0.33.1."""
+    return _has_parts("AmusedScheduler", "UVit2DModel", "VQModel")
+
+
+def has_vq_diffusion_parts() -> bool:
+    """Whether diffusers still has what VQ-Diffusion is made of; its pipeline is deprecated."""
+    return _has_parts("Transformer2DModel", "VQDiffusionScheduler", "VQModel")
+
+
+def _has_parts(*names: str) -> bool:
+    import diffusers
+
+    return set(names) <= set(dir(diffusers))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_ext._modes import evaluating
 from hf_ext.pipelines.dice.noise import Generators, lengths_of, uniform_rows
+from hf_ext.pipelines.dice.publishing import Published
 from hf_ext.pipelines.dice.reference import guided, gumbel, injected, residual, scheduled
 from hf_ext.pipelines.dice.trace import DiceTrace, MaskedTrace, fingerprint, one_of
 
@@ -43,7 +44,7 @@ class Replay:
     keep: bool = False
 
 
-class DiceEditing:
+class DiceEditing(Published):
     """Base of the pipelines. Each says how prompts become conditions, how tokens become logits, and tokens an output.
 
     A condition is a dictionary of tensors with one row per row of tokens.
@@ -53,7 +54,6 @@ class DiceEditing:
     _output_types: ClassVar[tuple[str, ...]]
 
     # Of `DiffusionPipeline`, which every pipeline is, too.
-    config: Any
     progress_bar: Any
     register_modules: Any
     register_to_config: Any
@@ -312,12 +312,15 @@ class DiceEditing:
             if not is_zero(lambdas[1]):
                 used = [max(0, min(length, at.stop) - begin) for length in lengths]
                 noise = self._gumbel(used, at.stop - begin, values, how.generator, logits.device)
-            lambda1, lambda2 = (
-                each[:, at] if isinstance(each, Tensor) and each.shape[1] > 1 else each for each in lambdas
-            )
+            lambda1, lambda2 = (part_of(each, at) for each in lambdas)
             scaled = logits[:, at] / trace.states[number].temperature
             found.append(injected(scaled, z, noise, lambda1, lambda2, how.injection).argmax(-1))
         return torch.where(trace.editable, torch.cat(found, 1), trace.tokens), z
+
+
+def part_of(value: float | Tensor, at: slice) -> float | Tensor:
+    """Strengths of some positions."""
+    return value[:, at] if isinstance(value, Tensor) and value.shape[1] > 1 else value
 
 
 def is_zero(value: float | Tensor) -> bool:

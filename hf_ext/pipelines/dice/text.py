@@ -1,4 +1,4 @@
-"""Texts, edited with a masked language model: a prompt says what the text is, another what it should be."""
+"""What pipelines of texts share: texts of different lengths in a batch, noise of their vocabulary, outputs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ext._modes import evaluating
 from hf_ext.pipelines.dice.editing import Condition, DiceEditing, check_generators, per_row
 from hf_ext.pipelines.dice.noise import Generators, lengths_of, uniform_rows
-from hf_ext.pipelines.dice.trace import NOISES, DiceSettings, DiceTrace, MaskedTrace, one_of
+from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace, MaskedTrace
 
 # What a value must not reach in any step: finite, so that differences of it are.
 NEVER = -1e4
@@ -38,11 +36,11 @@ class DiceTextOutput(BaseOutput):
 
 
 class TextEditing(DiceEditing):
-    """Texts of different lengths in a batch, and noise of their vocabulary."""
+    """A prompt says what a text is, another what it should be."""
 
     _output_types: ClassVar[tuple[str, ...]] = ("text", "seq")
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    tokenizer: Any
+    model: Any
 
     def _denoiser(self) -> nn.Module:
         return self.model
@@ -50,6 +48,61 @@ class TextEditing(DiceEditing):
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
         """The condition, tokens `(B, N)` of the texts, and which of them are texts."""
         raise NotImplementedError
+
+    @property
+    def _masks(self) -> bool:
+        """Whether noise is a mask, not random tokens."""
+        return self.config.noise == "mask"
+
+    def _placed(
+        self, texts: list[str], ids_BL: Tensor, own_BL: Tensor, others: Condition
+    ) -> tuple[Condition, Tensor, Tensor]:
+        """Of prompts and texts: the condition, tokens `(B, N)` of the texts, and which of these are no padding.
+
+        Args:
+            own_BL: where the texts stand.
+            others: what the model needs besides the tokens.
+
+        Raises:
+            ValueError: prompt and text are too long, or as `_check_texts`.
+        """
+        lengths, length = own_BL.sum(-1), ids_BL.shape[1]
+        limit = min(
+            self.tokenizer.model_max_length, self.model.config.to_dict().get("max_position_embeddings", length)
+        )
+        if length > limit:
+            raise ValueError(f"prompt and text have {length} tokens, and the model reads {limit}; shorten them.")
+        self._check_texts(texts, [ids[own].tolist() for ids, own in zip(ids_BL, own_BL, strict=True)])
+        # Padding of the texts stands behind the last place.
+        places = torch.full((len(texts), int(lengths.max())), length)
+        editable = torch.arange(places.shape[1]) < lengths[:, None]
+        places[editable] = own_BL.nonzero()[:, 1]
+        tokens = pad(ids_BL, (0, 1)).gather(1, places)
+        condition = {"input_ids": ids_BL, "places": places, **others}
+        device = self._execution_device
+        moved = {name: each.to(device) for name, each in condition.items()}
+        return moved, tokens.to(device), editable.to(device)
+
+    def _check_texts(self, texts: list[str], ids: list[list[int]]) -> None:
+        """
+        Raises:
+            ValueError: a text is empty or has special tokens.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        for row, (text, inside) in enumerate(zip(texts, ids, strict=True)):
+            if not inside:
+                raise ValueError(f"text {row} is empty: {text!r}.")
+            if found := sorted(special & set(inside)):
+                names = self.tokenizer.convert_ids_to_tokens(found)
+                raise ValueError(f"text {row} has the special tokens {names}, which cannot be edited: {text!r}.")
+
+    def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Condition, time: float) -> Tensor:
+        inputs = dict(condition)
+        places, ids = inputs.pop("places"), inputs.pop("input_ids")
+        length = ids.shape[1]
+        ids = pad(ids, (0, 1)).scatter(1, places, tokens_BN)[:, :length]
+        logits = self.model(input_ids=ids, **inputs).logits
+        return self._usable(logits.take_along_dim(places.clamp(max=length - 1)[..., None], 1))
 
     def _ordinary_ids(self) -> Tensor:
         """Tokens that may stand in a text."""
@@ -127,7 +180,7 @@ class TextEditing(DiceEditing):
                 uniforms=uniforms,
                 onehot=torch.zeros(len(texts), dtype=torch.bool, device=device),
             )
-            trace = self._with_anchor(trace, masks=self.config.noise == "mask")
+            trace = self._with_anchor(trace, masks=self._masks)
             if store_residuals:
                 trace = self._with_residuals(trace)
         self.maybe_free_model_hooks()
@@ -157,7 +210,7 @@ class TextEditing(DiceEditing):
 
     def _noise(self, choices_BN: Tensor) -> Tensor:
         """Tokens from uniform numbers."""
-        if self.config.noise == "mask":
+        if self._masks:
             return torch.full_like(choices_BN, self.tokenizer.mask_token_id, dtype=torch.int64)
         usual = self._ordinary_ids().to(choices_BN.device)
         return usual[(choices_BN * len(usual)).long()]
@@ -189,76 +242,3 @@ class TextEditing(DiceEditing):
     def _texts(self, trace: DiceTrace, tokens_BN: Tensor) -> list[str]:
         kept = zip(tokens_BN, trace.editable.expand_as(tokens_BN), strict=True)
         return self.tokenizer.batch_decode([row[own] for row, own in kept], skip_special_tokens=True)
-
-
-class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
-    """Edits texts with any `AutoModelForMaskedLM`: `<s> prompt </s></s> text </s>`, of which the text is edited (https://huggingface.co/papers/2410.08207).
-
-    Args:
-        model: a masked language model, `AutoModelForMaskedLM`.
-        tokenizer: its fast tokenizer.
-        tau: share of noise in the last state, if `invert` is not told.
-        lambda1: strength of the residual, if `edit` is not told.
-        noise: `"random"` tokens, for models that were trained on some (BERT and its kin), or `"mask"`.
-
-    Raises:
-        ValueError: the tokenizer is slow, or has no mask token and `noise="mask"`.
-    """
-
-    model_cpu_offload_seq = "model"
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        tau: float = 0.9,
-        lambda1: float = 0.7,
-        noise: str = "random",
-    ) -> None:
-        super().__init__()
-        one_of("noise", noise, NOISES)
-        if noise == "mask" and tokenizer.mask_token_id is None:
-            raise ValueError("noise='mask', and the tokenizer has no mask token; take noise='random', or set one.")
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} is slow and cannot say where the text begins; load it with use_fast=True."
-            )
-        self.register_modules(model=model, tokenizer=tokenizer)
-        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
-
-    def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
-        pairs = (texts,) if prompts[0] is None else (prompts, texts)
-        found = self.tokenizer(*pairs, padding=True, return_tensors="pt")
-        own = torch.tensor([[each == len(pairs) - 1 for each in found.sequence_ids(row)] for row in range(len(texts))])
-        ids, lengths = found["input_ids"], own.sum(-1)
-        self._check_length(ids.shape[1])
-        special = set(self.tokenizer.all_special_ids)
-        for row, text in enumerate(texts):
-            inside = ids[row][own[row]].tolist()
-            if not inside:
-                raise ValueError(f"text {row} is empty: {text!r}.")
-            if special & set(inside):
-                names = self.tokenizer.convert_ids_to_tokens(sorted(special & set(inside)))
-                raise ValueError(f"text {row} has the special tokens {names}, which cannot be edited: {text!r}.")
-        # Padding stands behind the last place.
-        places = torch.full((len(texts), int(lengths.max())), ids.shape[1])
-        editable = torch.arange(places.shape[1]) < lengths[:, None]
-        places[editable] = own.nonzero()[:, 1]
-        tokens = pad(ids, (0, 1)).gather(1, places)
-        device = self._execution_device
-        condition = {name: each.to(device) for name, each in found.items()}
-        return {**condition, "places": places.to(device)}, tokens.to(device), editable.to(device)
-
-    def _check_length(self, length: int) -> None:
-        limits = [self.tokenizer.model_max_length, self.model.config.to_dict().get("max_position_embeddings", length)]
-        if length > min(limits):
-            raise ValueError(f"prompt and text have {length} tokens, and the model reads {min(limits)}; shorten them.")
-
-    def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Condition, time: float) -> Tensor:
-        inputs = dict(condition)
-        places, ids = inputs.pop("places"), inputs.pop("input_ids")
-        length = ids.shape[1]
-        ids = pad(ids, (0, 1)).scatter(1, places, tokens_BN)[:, :length]
-        logits = self.model(input_ids=ids, **inputs).logits
-        places = places.clamp(max=length - 1)[..., None]
-        return self._usable(logits.take_along_dim(places, 1))

@@ -9,6 +9,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+    Gemma4VisionConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -96,3 +99,27 @@ def vq_diffusion_parts(codes: int = 16, steps: int = 12) -> dict:
         transformer=transformer,
         scheduler=VQDiffusionScheduler(num_vec_classes=codes + 1, num_train_timesteps=steps),
     )
+
+
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+def diffusion_gemma_parts(words: list[str] = WORDS, canvas: int = 4) -> dict:
+    tokenizer = word_tokenizer(words)
+    tokenizer.chat_template, tokenizer.padding_side = CHAT, "left"
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, moe_intermediate_size=32)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, global_head_dim=16)
+    experts = dict(num_experts=2, top_k_experts=1)
+    layers = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    text = dict(vocab_size=len(tokenizer), **sizes, **heads, **experts, **layers, **ids)
+    sight = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = Gemma4VisionConfig(**sight, num_key_value_heads=2, head_dim=8)
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision.to_dict(), canvas_length=canvas)
+    torch.manual_seed(0)
+    model = DiffusionGemmaForBlockDiffusion(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return dict(model=model, processor=tokenizer)

@@ -1,0 +1,55 @@
+"""Texts, edited with a masked language model."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_ext.pipelines.dice.editing import Condition
+from hf_ext.pipelines.dice.text import TextEditing
+from hf_ext.pipelines.dice.trace import NOISES, one_of
+
+
+class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
+    """Edits texts with any `AutoModelForMaskedLM`: `<s> prompt </s></s> text </s>`, of which the text is edited (https://huggingface.co/papers/2410.08207).
+
+    Args:
+        model: a masked language model, `AutoModelForMaskedLM`.
+        tokenizer: its fast tokenizer.
+        tau: share of noise in the last state, if `invert` is not told.
+        lambda1: strength of the residual, if `edit` is not told.
+        noise: `"random"` tokens, for models that were trained on some (BERT and its kin), or `"mask"`.
+
+    Raises:
+        ValueError: the tokenizer is slow, or has no mask token and `noise="mask"`.
+    """
+
+    model_cpu_offload_seq = "model"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tau: float = 0.9,
+        lambda1: float = 0.7,
+        noise: str = "random",
+    ) -> None:
+        super().__init__()
+        one_of("noise", noise, NOISES)
+        if noise == "mask" and tokenizer.mask_token_id is None:
+            raise ValueError("noise='mask', and the tokenizer has no mask token; take noise='random', or set one.")
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} is slow and cannot say where the text begins; load it with use_fast=True."
+            )
+        self.register_modules(model=model, tokenizer=tokenizer)
+        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
+
+    def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
+        pairs = (texts,) if prompts[0] is None else (prompts, texts)
+        found = self.tokenizer(*pairs, padding=True, return_tensors="pt")
+        own = [[each == len(pairs) - 1 for each in found.sequence_ids(row)] for row in range(len(texts))]
+        others = dict(found)
+        return self._placed(texts, others.pop("input_ids"), torch.tensor(own), others)

@@ -1,0 +1,129 @@
+"""Pipelines that are saved with their own code, so that they can be loaded where hf_ext is not installed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
+
+PAPER = "https://huggingface.co/papers/2410.08207"
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+{about}
+
+```python
+{with_us}
+```
+
+Without hf_ext, the same code is in `pipeline.py` here; read it before you trust it:
+
+```python
+{without_us}
+```
+
+Settings: {settings}.
+
+The method (DICE, {paper}) trains nothing. Full strength gives the input back; how much of the rest is kept, and how well an edit follows its prompt, depends on the model and should be measured.
+"""
+
+
+class Published:
+    """`save_pretrained` and `push_to_hub` of a pipeline, with its code and a card."""
+
+    components: Any
+    config: Any
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+        """As that of `DiffusionPipeline`; also writes `pipeline.py`, the code of this pipeline for those who do not have hf_ext.
+
+        Raises:
+            ValueError: a component is wrapped by PEFT, which diffusers would leave out.
+        """
+        for name, component in self.components.items():
+            if type(component).__module__.startswith("peft."):
+                raise ValueError(
+                    f"{name} is a {type(component).__name__}, which diffusers does not save: set pipeline.{name} = pipeline.{name}.merge_and_unload() first, or save the adapter on its own."
+                )
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = own_source(type(self))
+        if source is not None:
+            aside = folder / f".pipeline.{os.getpid()}.part"
+            aside.write_text(source, encoding="utf-8")
+            os.replace(aside, folder / "pipeline.py")
+        super().save_pretrained(str(folder), *arguments, **options)  # type: ignore[misc]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> Any:
+        """Upload the pipeline, its code and a card in one commit. A card that is there stays as it is.
+
+        Args:
+            repo_id: `namespace/name`; created if it does not exist.
+            commit_message, private, token, create_pr, safe_serialization, variant: as in diffusers.
+        """
+        repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            try:
+                card = ModelCard.load(repo, token=token)
+            except EntryNotFoundError:
+                card = self._card(repo)
+            card.save(Path(folder, "README.md"))
+            return upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                token=token,
+                create_pr=create_pr,
+            )
+
+    def _card(self, repo: str) -> ModelCard:
+        tags = ["hf-ext", "dice", "text-editing" if "Text" in type(self).__name__ else "image-editing"]
+        metadata = ModelCardData(library_name="diffusers", tags=tags)
+        settings = {name: value for name, value in self.config.items() if isinstance(value, (int, float, str))}
+        shown = ", ".join(f"`{name}` {value}" for name, value in settings.items() if not name.startswith("_"))
+        name = type(self).__name__
+        call = f'pipeline = {{}}.from_pretrained("{repo}"{{}})'
+        with_us = ["from hf_ext import " + name, "", call.format(name, "")]
+        trusting = ', custom_pipeline="pipeline", trust_remote_code=True'
+        without_us = ["from diffusers import DiffusionPipeline", "", call.format("DiffusionPipeline", trusting)]
+        about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
+        return ModelCard(
+            CARD.format(
+                metadata=metadata.to_yaml(),
+                name=name,
+                about=about,
+                with_us="\n".join(with_us),
+                without_us="\n".join(without_us),
+                settings=shown,
+                paper=PAPER,
+            )
+        )
+
+
+def own_source(cls: type) -> str | None:
+    """The code of a pipeline in one file; None for a class that is neither ours nor loaded from such a file."""
+    package = cls.__module__.split(".")[0]
+    if package == "hf_ext":
+        return importlib.import_module("hf_ext.pipelines.standalone").standalone_source(cls.__module__)
+    if package == "diffusers_modules":
+        return inspect.getsource(importlib.import_module(cls.__module__))
+    return None
