@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -18,7 +16,7 @@ from hf_ext.pipelines.dice.trace import NOISES, one_of
 class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
     """Edits texts with a language model that fills in masks anywhere, such as LLaDA: the text is the answer to the prompt (https://huggingface.co/papers/2410.08207).
 
-    It takes the model and the tokenizer of `LLaDA2Pipeline`, also by `from_pipe`. All tokens of the text are edited at once.
+    It takes the model and the tokenizer of `LLaDA2Pipeline`: `from_pipe(other, tokenizer=other.tokenizer)`. All tokens of the text are edited at once.
 
     Args:
         model: anything with `(input_ids, attention_mask) -> logits` at the positions of the inputs, in which every token sees all others.
@@ -50,12 +48,6 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
         self.register_modules(model=model, tokenizer=tokenizer)
         self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
 
-    def invert(self, *arguments: Any, **options: Any) -> Any:
-        self._check_sees_everything()
-        return super().invert(*arguments, **options)
-
-    invert.__doc__ = TextEditing.invert.__doc__
-
     def _check_sees_everything(self) -> None:
         """
         Raises:
@@ -70,6 +62,7 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
             )
 
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
+        self._check_sees_everything()
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         rows, own = [], []
         for text, prompt in zip(texts, prompts, strict=True):

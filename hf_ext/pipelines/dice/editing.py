@@ -81,8 +81,7 @@ class DiceEditing(Published):
 
     def _about(self) -> dict[str, Any]:
         """What a trace must be replayed with."""
-        model = self._denoiser()
-        return {"pipeline": type(self).__name__, "model": type(model).__name__, "weights": fingerprint(model)}
+        return {"pipeline": type(self).__name__, "model (its weights)": fingerprint(self._denoiser())}
 
     # -- logits and residuals --------------------------------------------------------------------------------------------
 
@@ -199,9 +198,8 @@ class DiceEditing(Published):
         prompts = list(target_prompt) if several else [target_prompt]  # type: ignore[arg-type]
         if lambda1 is None:
             lambda1 = self.config.lambda1
-        rows = common_rows(
-            {"trace": trace.tokens, "target_prompt": prompts, "lambda1": lambda1, "lambda2": lambda2}, generator
-        )
+        given = {"target_prompt": prompts, "lambda1": lambda1, "lambda2": lambda2}
+        rows = common_rows(trace, given, generator)
         count = trace.tokens.shape[1]
         self._lambda1 = strength("lambda1", lambda1, count)
         self._lambda2 = None if lambda2 is None else strength("lambda2", lambda2, count)
@@ -352,17 +350,18 @@ def strength(name: str, value: Strength, count: int) -> float | Tensor:
     return found.reshape(len(found), -1, 1)
 
 
-def common_rows(given: dict[str, Any], generator: Generators) -> int:
-    """How many rows there are, if each argument has one or that many.
+def common_rows(trace: DiceTrace, given: dict[str, Any], generator: Generators) -> int:
+    """How many rows there are: those of the trace, or, if it has one, those of any other argument.
 
     Raises:
         ValueError: the numbers of rows do not match.
     """
-    counts = {}
-    for name, value in given.items():
-        if isinstance(value, (Sequence, Tensor)) and not (isinstance(value, Tensor) and value.ndim == 0):
-            counts[name] = len(value)
-    rows = max(counts.values())
+    counts = {
+        name: len(value)
+        for name, value in given.items()
+        if (isinstance(value, Sequence) and not isinstance(value, str)) or (isinstance(value, Tensor) and value.ndim)
+    }
+    rows = trace.rows if trace.rows > 1 else max([1, *counts.values()])
     for name, count in counts.items():
         if count not in (1, rows):
             raise ValueError(f"{name} has {count} rows and there are {rows} in all; give 1 or {rows}.")

@@ -204,8 +204,9 @@ class DiceTrace:
         return self._assembled(moved, others)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all; its folder is made."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         others = {"settings": asdict(self.settings), "recorded_with": self.recorded_with, "notes": self.notes}
         about = json.dumps({"format": FORMAT, "kind": self.kind, **others})
         aside = path.with_name(f".{path.name}.{os.getpid()}.part")

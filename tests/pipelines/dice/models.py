@@ -18,7 +18,10 @@ from transformers import (
 )
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-WORDS = "the a film movie meal was is so very good bad great awful and but long short . , : positive negative".split()
+WORDS = [
+    *("the", "a", "film", "movie", "meal", "was", "is", "so", "very", "good", "bad", "great", "awful"),
+    *("and", "but", "long", "short", ".", ",", ":", "positive", "negative"),
+]
 
 
 def word_tokenizer(words: list[str] = WORDS, length: int = 40) -> PreTrainedTokenizerFast:

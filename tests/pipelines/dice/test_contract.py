@@ -1,0 +1,404 @@
+"""What every pipeline of DICE keeps to."""
+
+import inspect
+import json
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from diffusers import AmusedScheduler, DiffusionPipeline, VQDiffusionScheduler
+from diffusers.callbacks import PipelineCallback
+from safetensors.torch import save_file
+
+from hf_ext.pipelines.dice import DiceTrace
+from tests.pipelines.dice.kinds import KINDS, inverted, pipeline, seeded
+
+every_kind = pytest.mark.parametrize("name", KINDS)
+# One of texts, one of pictures, one of multinomial diffusion.
+some_kinds = pytest.mark.parametrize("name", ["masked text", "aMUSEd, guided", "VQ-Diffusion"])
+
+
+def sequences(name, trace, pipe=None, **options):
+    pipe = pipeline(name) if pipe is None else pipe
+    options = {"generator": seeded(trace.rows, 5), "output_type": "seq", **options}
+    return pipe.edit(trace, options.pop("target_prompt", KINDS[name].prompts[1]), **options).sequences
+
+
+def original(trace):
+    return trace.tokens.unflatten(-1, trace.notes["grid"]) if "grid" in trace.notes else trace.tokens
+
+
+# -- reconstruction ----------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_reconstruction_is_exact(name, dtype, rows):
+    """Models with random weights repeat nothing of what they see."""
+    pipe = pipeline(name) if dtype == torch.float32 else KINDS[name].pipeline().to(dtype)
+    trace = inverted(name, pipe, KINDS[name].sources()[:rows])
+    found = pipe.reconstruct(trace, output_type="seq").sequences
+    assert torch.equal(found, original(trace))
+    # The model alone, with the same noise, comes to something else.
+    assert not torch.equal(sequences(name, trace, pipe, lambda1=0.0), original(trace))
+
+
+MASKED = [name for name in KINDS if not name.startswith("VQ")]
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(anchor="corrected", tau=1.0),
+        dict(anchor="onehot", tau=0.05),
+        dict(anchor="onehot", anchor_floor=-0.5, mask_schedule="cosine"),
+        dict(anchor="corrected", temperatures=(0.2, 1.2), mask_schedule="root"),
+        dict(guidance_scale=4.0, temperatures=(1.2, 0.2), mask_schedule="early_root"),
+        dict(num_inference_steps=1, tau=1.0, mask_schedule="late_cosine"),
+    ],
+    ids=str,
+)
+def test_reconstruction_is_exact_with_all_settings(name, options):
+    if name == "DiffusionGemma":
+        options = {key: value for key, value in options.items() if key != "guidance_scale"}
+    trace = inverted(name, **options)
+    found = pipeline(name).reconstruct(trace, output_type="seq").sequences
+    assert torch.equal(found, original(trace))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_the_published_anchor_loses_what_the_model_does_not_repeat(name):
+    trace = inverted(name, anchor="model")
+    assert not torch.equal(pipeline(name).reconstruct(trace, output_type="seq").sequences, original(trace))
+
+
+@every_kind
+def test_a_model_in_training_mode_is_asked_without_dropout(name):
+    pipe = KINDS[name].pipeline()
+    pipe._denoiser().train()
+    trace = inverted(name, pipe)
+    assert torch.equal(pipe.reconstruct(trace, output_type="seq").sequences, original(trace))
+    assert torch.equal(sequences(name, trace, pipe), sequences(name, inverted(name)))
+    assert pipe._denoiser().training
+
+
+# -- editing -----------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("lambda1", [0.0, 0.3, 1.0])
+def test_stored_residuals_give_the_same(name, lambda1):
+    lazy, stored = inverted(name), inverted(name, store_residuals=True)
+    assert lazy.residuals is None and stored.residuals.isfinite().all()
+    states, rows, count, values = stored.residuals.shape
+    assert (states, rows, count) == (len(lazy.states), *lazy.tokens.shape)
+    assert stored.nbytes - lazy.nbytes == 4 * states * rows * count * values
+    assert torch.equal(sequences(name, lazy, lambda1=lambda1), sequences(name, stored, lambda1=lambda1))
+
+
+@every_kind
+def test_a_batch_is_its_rows(name):
+    sources = KINDS[name].sources()
+    together = inverted(name)
+    found = sequences(name, together, lambda1=0.2)
+    for row in range(2):
+        alone = inverted(name, sources=sources[row : row + 1], generator=seeded(1, row))
+        own = sequences(name, alone, lambda1=0.2, generator=seeded(1, 5 + row))
+        count = own.shape[1] if KINDS[name].is_text else None
+        assert torch.equal(found[row : row + 1, :count], own)
+        assert torch.equal(together.tokens[row, :count], alone.tokens[0])
+
+
+@every_kind
+def test_one_inversion_many_edits(name):
+    """Prompts and strengths in one batch, with the residuals of one row."""
+    source, (before, after) = KINDS[name].sources()[:1], KINDS[name].prompts
+    trace = inverted(name, sources=source)
+    prompts, strengths = [after, before, after], [0.1, 0.3, 1.0]
+    found = sequences(name, trace, target_prompt=prompts, lambda1=strengths, generator=seeded(3))
+    for row in range(3):
+        own = sequences(name, trace, target_prompt=prompts[row], lambda1=strengths[row], generator=seeded(1, row))
+        assert torch.equal(found[row : row + 1], own)
+    swept = sequences(name, trace, lambda1=strengths, lambda2=0.0, generator=None)
+    assert len(swept) == 3 and torch.equal(swept[1:2], sequences(name, trace, lambda1=0.3, lambda2=0.0))
+
+
+@every_kind
+def test_strength_by_position(name):
+    trace = inverted(name)
+    count = trace.tokens.shape[1]
+    half = torch.full((1, count), 0.3)
+    assert torch.equal(sequences(name, trace, lambda1=half), sequences(name, trace, lambda1=0.3))
+    # Full strength and no noise under the recorded prompt, but for the first positions.
+    kept = torch.ones(1, count)
+    kept[:, :3] = 0.0
+    found = sequences(name, trace, lambda1=kept, target_prompt=KINDS[name].prompts[0]).flatten(1)
+    assert not torch.equal(found[:, :3], trace.tokens[:, :3])
+
+
+@every_kind
+def test_padding_and_what_is_not_edited_stays(name):
+    trace = inverted(name)
+    found = sequences(name, trace, lambda1=0.0).flatten(1)
+    assert torch.equal(found[~trace.editable], trace.tokens[~trace.editable])
+    if KINDS[name].is_text:
+        assert (~trace.editable).any()
+        usual = set(pipeline(name)._ordinary_ids().tolist())
+        assert set(found[trace.editable].tolist()) <= usual
+
+
+@every_kind
+def test_injections_and_schedules(name):
+    trace = inverted(name)
+    variants = {
+        (injection, schedule): sequences(name, trace, lambda1=0.4, injection=injection, lambda_schedule=schedule)
+        for injection in ("add", "variance_preserving", "max")
+        for schedule in ("constant", "linear", "exp")
+    }
+    assert len({each.flatten().numpy().tobytes() for each in variants.values()}) > 1
+    whole = dict(lambda1=1.0, lambda2=0.0)
+    assert torch.equal(
+        sequences(name, trace, **whole, injection="variance_preserving"), sequences(name, trace, **whole)
+    )
+
+
+@every_kind
+def test_seeds(name):
+    trace = inverted(name)
+    one, again, other = (
+        sequences(name, trace, lambda1=0.1, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    middle = len(trace.states) // 2
+    states = [inverted(name, generator=torch.Generator().manual_seed(seed)).state(middle) for seed in (1, 1, 2)]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+# -- callbacks, outputs ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_trajectory_and_callbacks(name):
+    trace = inverted(name)
+    pipe, target = pipeline(name), KINDS[name].prompts[1]
+    seen = []
+
+    def look(own, step, time, given):
+        assert own is pipe and set(given) == {"tokens", "logits", "residual"}
+        assert given["logits"].shape == given["residual"].shape == (*given["tokens"].shape, given["logits"].shape[-1])
+        seen.append((step, given["tokens"]))
+
+    names = ["tokens", "logits", "residual"]
+    options = dict(generator=seeded(2, 5), lambda1=0.2)
+    found = pipe.edit(
+        trace, target, return_trajectory=True, output_type="seq", callback_on_step_end=look,
+        callback_on_step_end_tensor_inputs=names, **options,
+    )  # fmt: skip
+    assert [step for step, _ in seen] == list(range(len(found.trajectory)))
+    assert torch.equal(found.trajectory[-1].flatten(1), found.sequences.flatten(1))
+    if name != "DiffusionGemma":
+        for (_, tokens), expected in zip(seen, found.trajectory, strict=True):
+            assert torch.equal(tokens, expected.flatten(1))
+    shown = pipe.edit(trace, target, return_trajectory=True, generator=seeded(2, 5), lambda1=0.2)
+    assert len(shown.trajectory) == len(found.trajectory) and len(shown.trajectory[0]) == 2
+    as_tuple = pipe.edit(trace, target, return_dict=False, generator=seeded(2, 5), lambda1=0.2)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], found.sequences)
+
+
+@every_kind
+def test_callbacks_may_change_tokens_and_strengths(name):
+    trace, pipe, source = inverted(name), pipeline(name), KINDS[name].prompts[0]
+
+    def back(own, step, time, given):
+        return {"tokens": torch.ones_like(given["tokens"])}
+
+    found = pipe.edit(trace, source, lambda1=0.5, callback_on_step_end=back, output_type="seq", generator=seeded())
+    assert (found.sequences == 1).all()
+
+    class Full(PipelineCallback):
+        tensor_inputs: ClassVar[list[str]] = ["tokens"]
+
+        def callback_fn(self, own, step, time, given):
+            own._lambda1, own._lambda2 = 0.0, 1.0
+            return given
+
+    changed = sequences(name, trace, lambda1=1.0, lambda2=0.0, callback_on_step_end=Full())
+    assert not torch.equal(changed, sequences(name, trace, lambda1=1.0, lambda2=0.0))
+
+
+def test_outputs():
+    kind = KINDS["aMUSEd"]
+    trace, pipe = inverted("aMUSEd"), pipeline("aMUSEd")
+    pictures = {each: pipe.reconstruct(trace, output_type=each).images for each in ("pil", "np", "pt")}
+    assert pictures["pt"].shape == (2, 3, 16, 16) and pictures["np"].shape == (2, 16, 16, 3)
+    assert pictures["pil"][0].size == (16, 16)
+    assert torch.equal(
+        pipe.invert(pictures["pt"], kind.prompts[0], num_inference_steps=2).tokens,
+        pipe.codes(pictures["pt"]).flatten(1),
+    )
+    assert pipeline("masked text").reconstruct(inverted("masked text")).texts == KINDS["masked text"].sources()
+
+
+@every_kind
+def test_call_is_invert_and_edit(name):
+    kind, pipe = KINDS[name], pipeline(name)
+    key = "text" if kind.is_text else "image"
+    options = dict(output_type="seq", lambda1=0.3)
+    found = pipe(
+        **{key: kind.sources()}, source_prompt=kind.prompts[0], target_prompt=kind.prompts[1],
+        generator=seeded(), **options, **kind.inversion,
+    )  # fmt: skip
+    generators = seeded()
+    trace = inverted(name, generator=generators)
+    assert torch.equal(found.sequences, sequences(name, trace, generator=generators, **options))
+    assert torch.equal(
+        pipe(trace=trace, target_prompt=kind.prompts[1], generator=seeded(), **options).sequences,
+        sequences(name, trace, generator=seeded(), **options),
+    )
+    with pytest.raises(ValueError, match=f"give either {key}= or trace="):
+        pipe(target_prompt="x")
+    with pytest.raises(ValueError, match=f"give either {key}= or trace="):
+        pipe(kind.sources(), trace=trace, target_prompt="x")
+    with pytest.raises(ValueError, match="tau, source_prompt: a trace has its own"):
+        pipe(trace=trace, source_prompt="x", target_prompt="x", tau=0.5)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_traces_are_saved_and_loaded(name, tmp_path):
+    for number, options in enumerate([{}, {"store_residuals": True}]):
+        trace = inverted(name, **options)
+        trace.save(tmp_path / f"{number}.safetensors")
+        assert [each.name for each in tmp_path.iterdir() if each.suffix != ".safetensors"] == []
+        loaded = DiceTrace.load(tmp_path / f"{number}.safetensors")
+        assert type(loaded) is type(trace) and loaded.settings == trace.settings and loaded.notes == trace.notes
+        assert torch.equal(sequences(name, loaded), sequences(name, trace))
+
+
+@every_kind
+def test_pipelines_are_saved_and_loaded(name, tmp_path):
+    trace = inverted(name)
+    expected = sequences(name, trace)
+    KINDS[name].pipeline().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == KINDS[name].cls.__name__ and index["tau"] == pipeline(name).config.tau
+    for cls in (KINDS[name].cls, DiffusionPipeline):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is KINDS[name].cls
+        loaded.set_progress_bar_config(disable=True)
+        assert torch.equal(sequences(name, trace, loaded), expected)
+
+
+# -- what else pipelines can do ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["aMUSEd, guided", "VQ-Diffusion"])
+def test_group_offload(name):
+    pipe = KINDS[name].pipeline()
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(sequences(name, inverted(name, pipe), pipe), sequences(name, inverted(name)))
+
+
+@some_kinds
+def test_compiled_models(name):
+    pipe = KINDS[name].pipeline()
+    part = "model" if KINDS[name].is_text else "transformer"
+    setattr(pipe, part, torch.compile(getattr(pipe, part), backend="eager"))
+    trace = inverted(name, pipe)
+    assert torch.equal(sequences(name, trace, pipe), sequences(name, inverted(name)))
+    # The same weights, so that the trace fits the model that is not compiled, too.
+    assert torch.equal(sequences(name, trace), sequences(name, inverted(name)))
+    torch._dynamo.reset()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_traces_of_another_model_are_refused(name):
+    trace = inverted(name)
+    other = KINDS[name].pipeline()
+    with torch.no_grad():
+        next(each for each in other._denoiser().parameters() if each.ndim > 1).add_(1.0)
+    with pytest.raises(ValueError, match="recorded with another model"):
+        sequences(name, trace, other)
+    with pytest.raises(ValueError, match="recorded with another pipeline"):
+        different = "aMUSEd" if KINDS[name].is_text else "masked text"
+        sequences(different, trace)
+
+
+def test_traces_of_another_scheduler_are_refused():
+    others = {
+        "aMUSEd": AmusedScheduler(mask_token_id=0),
+        "VQ-Diffusion": VQDiffusionScheduler(num_vec_classes=17, num_train_timesteps=12, alpha_cum_start=0.9),
+    }
+    for name, scheduler in others.items():
+        other = KINDS[name].pipeline()
+        other.scheduler = scheduler
+        with pytest.raises(ValueError, match=r"recorded with another .*scheduler"):
+            sequences(name, inverted(name), other)
+
+
+@every_kind
+def test_arguments_of_edit_are_checked(name):
+    trace, pipe = inverted(name), pipeline(name)
+
+    def refused(match, target_prompt="x", **options):
+        with pytest.raises(ValueError, match=match):
+            pipe.edit(trace, target_prompt, **options)
+
+    refused("lambda1=-0.1 must be finite and not negative", lambda1=-0.1)
+    refused("lambda2=nan must be finite", lambda2=math.nan)
+    refused(r"lambda1 has the shape \(2, 3\)", lambda1=torch.ones(2, 3))
+    refused("lambda1 has 3 rows", lambda1=[0.1, 0.2, 0.3])
+    refused("target_prompt has 3 rows", target_prompt=["x", "y", "z"])
+    refused("generator has 3 entries and there are 2 rows", generator=seeded(3))
+    refused("injection='sum' is unknown", injection="sum")
+    refused("lambda_schedule='cosine' is unknown", lambda_schedule="cosine")
+    refused("output_type='latent' is unknown", output_type="latent")
+    refused("callback_on_step_end_tensor_inputs='x' is unknown", callback_on_step_end_tensor_inputs=["x"])
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tau": 0.0}, r"tau=0.0 must be in \(0, 1\]"),
+        ({"tau": 1.5}, r"tau=1.5 must be in \(0, 1\]"),
+        ({"guidance_scale": math.inf}, "guidance_scale=inf must be finite"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan must be finite"),
+        ({"anchor_floor": 1.0}, "anchor_floor=1.0 must be a negative number"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number, at least 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number"),
+        ({"mask_schedule": "square"}, "mask_schedule='square' is unknown"),
+        ({"anchor": "none"}, "anchor='none' is unknown"),
+        ({"temperatures": (0.0, 1.0)}, "must be two positive numbers"),
+        ({"truncation_rate": 0.0}, r"truncation_rate=0.0 must be in \(0, 1\]"),
+        ({"generator": seeded(3)}, "generator has 3 entries and there are 2 rows"),
+    ],
+    ids=str,
+)
+def test_arguments_of_invert_are_checked(name, options, match):
+    """Each pipeline takes what it can use, and nothing else."""
+    accepted = inspect.signature(KINDS[name].cls.invert).parameters
+    kind, expected = (ValueError, match) if set(options) <= set(accepted) else (TypeError, "unexpected keyword")
+    with pytest.raises(kind, match=expected):
+        inverted(name, **options)
+
+
+def test_files_that_are_no_traces(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is no trace of format 1"):
+        DiceTrace.load(tmp_path / "other.safetensors")
+    inverted("masked text").save(tmp_path / "trace.safetensors")
+    whole = (tmp_path / "trace.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is no trace, or only a part of one"):
+        DiceTrace.load(tmp_path / "half.safetensors")
+    with pytest.raises(FileNotFoundError):
+        DiceTrace.load(tmp_path / "absent.safetensors")
