@@ -7,6 +7,8 @@ import importlib.util
 from importlib.metadata import version
 from pathlib import Path
 
+PACKAGE = "hf_ext"
+
 
 def standalone_source(module: str) -> str:
     """Source of a module with the modules of ours that it imports in front of it.
@@ -44,7 +46,7 @@ def _collect(module: str, parts: dict[str, str], outside: dict[str, None]) -> No
 
 
 def _is_ours(node: ast.ImportFrom) -> bool:
-    return bool(node.level) or str(node.module).split(".")[0] == "hf_ext"
+    return bool(node.level) or str(node.module).split(".")[0] == PACKAGE
 
 
 def _with_comment(lines: list[str], first: int) -> int:
