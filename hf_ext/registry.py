@@ -355,7 +355,38 @@ LORVP = Method(
     peft_type="LORVP",
 )
 
-METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB, LORVP)
+DICE = Method(
+    slug="dice",
+    name="DICE",
+    kind="pipeline",
+    summary="edits a text or a picture with a new prompt and keeps the rest, for masked models and discrete diffusion: no training, no mask, and full strength gives the input back exactly",
+    paper_title="DICE: Discrete Inversion Enabling Controllable Editing for Masked Generative Models",
+    arxiv="2410.08207",
+    citation="""@inproceedings{he2026dice,
+  title     = {DICE: Discrete Inversion Enabling Controllable Editing for Masked Generative Models},
+  author    = {He, Xiaoxiao and Dao, Quan and Han, Ligong and others},
+  booktitle = {IEEE/CVF Winter Conference on Applications of Computer Vision},
+  year      = {2026},
+  eprint    = {2410.08207},
+  archivePrefix = {arXiv},
+}""",
+    entry_points={
+        "DiceTextEditPipeline": "hf_ext.pipelines.dice",
+        "DiceDiffusionTextPipeline": "hf_ext.pipelines.dice",
+        "DiceDiffusionGemmaPipeline": "hf_ext.pipelines.dice",
+        "DiceMaskedImagePipeline": "hf_ext.pipelines.dice",
+        "DiceVQDiffusionPipeline": "hf_ext.pipelines.dice",
+        "DiceSettings": "hf_ext.pipelines.dice",
+        "DiceTrace": "hf_ext.pipelines.dice",
+    },
+    changes="Nothing in the weights: what the model would have had to predict differently to write the input is added to its predictions under a new prompt.",
+    limits=(
+        "Tokens are replaced where they stand: a text keeps its number of tokens, a picture its size.",
+        "An edit is as good as the model's own answer to the prompt, and how strong it should be depends on the model.",
+    ),
+)
+
+METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB, LORVP, DICE)
 
 
 def method(slug: str) -> Method:

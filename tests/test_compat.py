@@ -1,9 +1,13 @@
 """Each touch of another library's inside, so that a new version of it fails here and says where."""
 
 import inspect
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from diffusers.callbacks import PipelineCallback
+from diffusers.pipelines.pipeline_loading_utils import _get_pipeline_class
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
@@ -192,3 +196,46 @@ def test_hooks_of_trainers_that_task_sequences_use(name, parameters):
     """Not public, but the places where `Trainer` and `SFTTrainer` let a subclass in; a renamed one would never be called."""
     found = [p for p in inspect.signature(getattr(SFTTrainer, name)).parameters if p != "self"]
     assert found == parameters
+
+
+# -- diffusers -----------------------------------------------------------------------------------------------------------
+
+
+def test_pipelines_are_found_by_their_name(monkeypatch):
+    class DiceTestPipeline(diffusers.DiffusionPipeline):
+        pass
+
+    monkeypatch.delattr(diffusers, "DiceTestPipeline", raising=False)
+    _compat.register_pipeline(DiceTestPipeline)
+    _compat.register_pipeline(DiceTestPipeline)
+    found = _get_pipeline_class(diffusers.DiffusionPipeline, config={"_class_name": "DiceTestPipeline"})
+    assert found is DiceTestPipeline
+    other = type("DiceTestPipeline", (diffusers.DiffusionPipeline,), {})
+    with pytest.warns(UserWarning, match="diffusers has a DiceTestPipeline of its own"):
+        _compat.register_pipeline(other)
+    assert diffusers.DiceTestPipeline is DiceTestPipeline
+    monkeypatch.delattr(diffusers, "DiceTestPipeline")
+
+
+def test_parts_of_deprecated_pipelines(monkeypatch):
+    assert _compat.has_amused_parts() and _compat.has_vq_diffusion_parts()
+    kept = [name for name in dir(diffusers) if name not in ("AmusedScheduler", "VQDiffusionScheduler")]
+    monkeypatch.setattr(type(diffusers), "__dir__", lambda self: kept)
+    assert not _compat.has_amused_parts() and not _compat.has_vq_diffusion_parts()
+
+
+@pytest.mark.parametrize("name", ["_execution_device", "_exclude_from_cpu_offload", "_optional_components"])
+def test_names_that_pipelines_share_with_their_base(name):
+    """With an underscore, but what every pipeline reads or sets; ours do it in place, since their code is copied into one file."""
+    assert name in vars(diffusers.DiffusionPipeline)
+
+
+def test_callbacks_name_their_tensors():
+    assert "_callback_tensor_inputs" in vars(diffusers.StableDiffusionPipeline)
+    assert isinstance(inspect.getattr_static(PipelineCallback, "tensor_inputs"), property)
+
+
+def test_no_folder_is_taken_for_a_pipeline_of_diffusers():
+    """diffusers takes the folder of a component's module for the name of its pipeline."""
+    folders = {path.name for path in Path(_compat.__file__).parent.rglob("*") if path.is_dir()}
+    assert not {name for name in folders if hasattr(diffusers.pipelines, name)}

@@ -48,13 +48,13 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
         self.register_modules(model=model, tokenizer=tokenizer)
         self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
 
-    def _check_sees_everything(self) -> None:
+    def _prepare(self) -> None:
         """
         Raises:
             ValueError: what a token predicts does not depend on those behind it: the model is causal.
         """
-        usual = self._ordinary_ids()[:2].to(self._execution_device)
-        two = torch.stack([usual[[0, 0]], usual])
+        super()._prepare()
+        two = torch.stack([self._ordinary[[0, 0]], self._ordinary[:2]])
         first, second = self.model(input_ids=two, attention_mask=torch.ones_like(two)).logits[:, 0]
         if torch.equal(first, second):
             raise ValueError(
@@ -62,7 +62,6 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
             )
 
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
-        self._check_sees_everything()
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         rows, own = [], []
         for text, prompt in zip(texts, prompts, strict=True):

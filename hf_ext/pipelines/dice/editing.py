@@ -79,6 +79,9 @@ class DiceEditing(Published):
     def _output(self, trace: DiceTrace, tokens_BN: Tensor, steps_SBN: Tensor | None, kind: str) -> Any:
         raise NotImplementedError
 
+    def _prepare(self) -> None:
+        """What is needed again and again while a trace is made or replayed."""
+
     def _about(self) -> dict[str, Any]:
         """What a trace must be replayed with."""
         return {"pipeline": type(self).__name__, "model (its weights)": fingerprint(self._denoiser())}
@@ -203,6 +206,10 @@ class DiceEditing(Published):
         count = trace.tokens.shape[1]
         self._lambda1 = strength("lambda1", lambda1, count)
         self._lambda2 = None if lambda2 is None else strength("lambda2", lambda2, count)
+        if lambda2 is None and (torch.as_tensor(self._lambda1) > 1).any():
+            raise ValueError(
+                f"lambda1={lambda1} is above 1, so that lambda2 = 1 - lambda1 is negative; give lambda2, too."
+            )
         how = Replay(
             rows, lambda_schedule, injection, generator, callback_on_step_end, tuple(wanted), return_trajectory
         )
@@ -236,6 +243,7 @@ class DiceEditing(Published):
         kind = self._output_types[0] if output_type is None else output_type
         one_of("output_type", kind, self._output_types)
         trace.check(self._about())
+        self._prepare()
         trace = trace.to(self._execution_device)
         with evaluating(self._denoiser()):
             if prompts is None:

@@ -63,6 +63,7 @@ class PictureEditing(DiceEditing):
             if narrow:
                 self.vqvae.half()
 
+    @torch.no_grad()
     def codes(self, image: Any) -> Tensor:
         """Codes of pictures, int64 `(B, h, w)`: PIL pictures, arrays or tensors in [0, 1]. Int64 tensors of codes are taken as they are.
 
@@ -81,6 +82,7 @@ class PictureEditing(DiceEditing):
             found = vqvae.quantize(latents)[2][2]
         return found.reshape(len(latents), *latents.shape[-2:])
 
+    @torch.no_grad()
     def pictures(self, codes_BHW: Tensor, output_type: str = "pil") -> Any:
         """Pictures of codes, as PIL pictures, an array or a tensor. What is still masked, the code behind the last, has the mean of all codes."""
         with self._decoder() as vqvae:

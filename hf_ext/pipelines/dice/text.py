@@ -104,17 +104,17 @@ class TextEditing(DiceEditing):
         logits = self.model(input_ids=ids, **inputs).logits
         return self._usable(logits.take_along_dim(places.clamp(max=length - 1)[..., None], 1))
 
-    def _ordinary_ids(self) -> Tensor:
-        """Tokens that may stand in a text."""
+    def _prepare(self) -> None:
         special = set(self.tokenizer.all_special_ids)
-        return torch.tensor([each for each in range(len(self.tokenizer)) if each not in special])
+        ordinary = [each for each in range(len(self.tokenizer)) if each not in special]
+        # Tokens that may stand in a text.
+        self._ordinary = torch.tensor(ordinary, device=self._execution_device)
 
     def _usable(self, logits: Tensor) -> Tensor:
         """Logits in float32, with nothing but ordinary tokens to be predicted."""
-        forbidden = torch.ones(logits.shape[-1], dtype=torch.bool)
-        forbidden[self._ordinary_ids()] = False
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.masked_fill(forbidden.to(logits.device), NEVER)
+        forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        forbidden[self._ordinary] = False
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill_(forbidden, NEVER)
 
     @torch.no_grad()
     def invert(
@@ -154,6 +154,7 @@ class TextEditing(DiceEditing):
         prompts = per_row("source_prompt", source_prompt, len(texts))
         check_generators(generator, len(texts))
         device = self._execution_device
+        self._prepare()
         with evaluating(self.model):
             source, tokens, editable = self._encoded(texts, prompts)
             lengths = lengths_of(editable)
@@ -212,8 +213,7 @@ class TextEditing(DiceEditing):
         """Tokens from uniform numbers."""
         if self._masks:
             return torch.full_like(choices_BN, self.tokenizer.mask_token_id, dtype=torch.int64)
-        usual = self._ordinary_ids().to(choices_BN.device)
-        return usual[(choices_BN * len(usual)).long()]
+        return self._ordinary[(choices_BN * len(self._ordinary)).long()]
 
     def _checked(self, noise_map: Tensor, tokens_BN: Tensor) -> Tensor:
         if noise_map.shape != tokens_BN.shape or noise_map.dtype != torch.int64:

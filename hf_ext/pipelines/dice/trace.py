@@ -37,14 +37,17 @@ def one_of(name: str, value: Any, choices: Any) -> None:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """Tells models with other weights apart, from a few numbers of each, rounded to bfloat16; None if some weights are not in memory."""
+    """Tells models with other weights apart, from a few numbers of each, rounded to bfloat16; None if some weights are not in memory.
+
+    Packed weights are left out: some kernels pack them anew when they are first used.
+    """
     found = []
     for parameter in model.parameters():
         if parameter.is_meta:
             return None
-        numbers = parameter.detach().reshape(-1)
-        numbers = numbers[:: max(1, len(numbers) // 16)][:16]
-        found.append((numbers.to(torch.bfloat16) if parameter.is_floating_point() else numbers).float().cpu())
+        if parameter.is_floating_point():
+            numbers = parameter.detach().reshape(-1)
+            found.append(numbers[:: max(1, len(numbers) // 16)][:16].to(torch.bfloat16).float().cpu())
     return hashlib.sha256(torch.cat(found).numpy().tobytes()).hexdigest()[:16]
 
 

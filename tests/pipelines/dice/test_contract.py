@@ -146,7 +146,7 @@ def test_padding_and_what_is_not_edited_stays(name):
     assert torch.equal(found[~trace.editable], trace.tokens[~trace.editable])
     if KINDS[name].is_text:
         assert (~trace.editable).any()
-        usual = set(pipeline(name)._ordinary_ids().tolist())
+        usual = set(pipeline(name)._ordinary.tolist())
         assert set(found[trace.editable].tolist()) <= usual
 
 
@@ -354,6 +354,7 @@ def test_arguments_of_edit_are_checked(name):
 
     refused("lambda1=-0.1 must be finite and not negative", lambda1=-0.1)
     refused("lambda2=nan must be finite", lambda2=math.nan)
+    refused("lambda1=1.5 is above 1", lambda1=1.5)
     refused(r"lambda1 has the shape \(2, 3\)", lambda1=torch.ones(2, 3))
     refused("lambda1 has 3 rows", lambda1=[0.1, 0.2, 0.3])
     refused("target_prompt has 3 rows", target_prompt=["x", "y", "z"])

@@ -25,7 +25,7 @@ def test_masked_sampling(schedule):
     if schedule == "cosine":
         shares = 1 - torch.cos(torch.pi * shares / 2)
     tokens = torch.where(trace.uniforms <= shares[-1], trace.noise, trace.tokens)
-    usual = pipe._ordinary_ids()
+    usual = pipe._ordinary
     for step in reversed(range(5)):
         ids[:, place] = tokens
         logits = pipe.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, place][..., usual]

@@ -7,12 +7,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BitsAndBytesConfig,
     ByT5Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
+    RobertaForMaskedLM,
 )
 
 from hf_ext.pipelines.dice import DiceDiffusionGemmaPipeline, DiceDiffusionTextPipeline, DiceTextEditPipeline
@@ -60,6 +62,19 @@ def test_other_masked_models(build, prompt):
     assert set(" ".join(found.texts).split()) <= set(WORDS)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_models(bits, tmp_path):
+    tokenizer = word_tokenizer()
+    roberta(len(tokenizer), hidden=64).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["lm_head"])
+    model = RobertaForMaskedLM.from_pretrained(tmp_path, quantization_config=config)
+    pipe = DiceTextEditPipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    trace = pipe.invert(TEXTS, "positive :", generator=seeded())
+    assert pipe.reconstruct(trace).texts == TEXTS
+    assert pipe.edit(trace, "negative", lambda1=0.0, generator=seeded()).texts != TEXTS
+
+
 def test_prompts_of_any_length_leave_the_text_where_it_is():
     pipe = pipeline("masked text")
     trace = inverted("masked text")
@@ -78,7 +93,7 @@ def test_source_prompts_by_row():
 
 def test_noise():
     trace = inverted("masked text", tau=1.0)
-    usual = set(pipeline("masked text")._ordinary_ids().tolist())
+    usual = set(pipeline("masked text")._ordinary.tolist())
     assert set(trace.noise[trace.editable].tolist()) <= usual and len(set(trace.noise[0].tolist())) > 2
     masks = inverted("masked text, masks", tau=1.0)
     assert (masks.noise == masks.noise[0, 0]).all() and masks.noise[0, 0] == word_tokenizer().mask_token_id
