@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import pickle
 import types
@@ -285,7 +286,10 @@ def has_amused_parts() -> bool:
 
 def has_vq_diffusion_parts() -> bool:
     """Whether diffusers still has what VQ-Diffusion is made of; its pipeline is deprecated."""
-    return _has_parts("Transformer2DModel", "VQDiffusionScheduler", "VQModel")
+    where = "diffusers.pipelines.deprecated.vq_diffusion"
+    return _has_parts("Transformer2DModel", "VQDiffusionScheduler", "VQModel") and bool(
+        importlib.util.find_spec(where)
+    )
 
 
 def _has_parts(*names: str) -> bool:

@@ -1,6 +1,8 @@
 """Each touch of another library's inside, so that a new version of it fails here and says where."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -228,6 +230,13 @@ def test_parts_of_deprecated_pipelines(monkeypatch):
 def test_names_that_pipelines_share_with_their_base(name):
     """With an underscore, but what every pipeline reads or sets; ours do it in place, since their code is copied into one file."""
     assert name in vars(diffusers.DiffusionPipeline)
+
+
+def test_learned_embeddings_are_still_lost():
+    """Once diffusers exports the class that it writes down, ours need not."""
+    code = "import diffusers; diffusers.LearnedClassifierFreeSamplingEmbeddings"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError" in done.stderr
 
 
 def test_callbacks_name_their_tensors():

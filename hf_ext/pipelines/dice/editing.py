@@ -277,7 +277,8 @@ class DiceEditing(Published):
                     # The same tokens under the same condition have the same logits.
                     repeats = same and torch.equal(tokens, state)
                     recorded = logits if repeats else self._scores(trace, state, trace.source, number)
-                tokens, z = self._chosen(trace, number, logits, recorded, plain, (lambda1, lambda2), how)
+                chosen, z = self._chosen(trace, number, logits, recorded, plain, (lambda1, lambda2), how)
+                tokens = torch.where(trace.changed(number), chosen, tokens)
                 if how.callback is not None:
                     given = {"tokens": tokens, "logits": logits, "residual": z}
                     time = trace.states[number].time
@@ -321,7 +322,7 @@ class DiceEditing(Published):
             lambda1, lambda2 = (part_of(each, at) for each in lambdas)
             scaled = logits[:, at] / trace.states[number].temperature
             found.append(injected(scaled, z, noise, lambda1, lambda2, how.injection).argmax(-1))
-        return torch.where(trace.editable, torch.cat(found, 1), trace.tokens), z
+        return torch.cat(found, 1), z
 
 
 def part_of(value: float | Tensor, at: slice) -> float | Tensor:

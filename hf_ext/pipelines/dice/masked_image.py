@@ -70,6 +70,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         guidance_scale: float | None = None,
         anchor: str = "auto",
         anchor_floor: float | None = None,
+        carry_over: bool = False,
         micro_conditioning_aesthetic_score: int = 6,
         micro_conditioning_crop_coord: tuple[int, int] = (0, 0),
         generator: Generators = None,
@@ -83,7 +84,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
             negative_prompt: what guidance leads away from.
             num_inference_steps: S, number of states.
             tau: share of noise in the last state, in (0, 1]; by default that of the pipeline.
-            mask_schedule, temperatures, anchor, anchor_floor: see `DiceSettings`.
+            mask_schedule, temperatures, anchor, anchor_floor, carry_over: see `DiceSettings`.
             guidance_scale: of classifier-free guidance; 1 is none. By default that of the pipeline.
             micro_conditioning_aesthetic_score, micro_conditioning_crop_coord: as in `AmusedPipeline`.
             generator: of the noise; a list has one for each picture, whose noise then does not depend on other pictures.
@@ -100,6 +101,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
             guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
             anchor=anchor,
             anchor_floor=anchor_floor,
+            carry_over=carry_over,
         )
         codes = self.codes(image)
         rows, height, width = codes.shape

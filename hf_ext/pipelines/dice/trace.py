@@ -65,6 +65,7 @@ class DiceSettings:
             at least 1 above the rest. `"onehot"`: 0 at the token and `anchor_floor` elsewhere. `"auto"`: `"onehot"` with guidance, and where noise is a mask and the model does not repeat the row;
             `"corrected"` else.
         anchor_floor: of `"onehot"`: the lower, the closer the result stays. By default -7 times the guidance, at least -69.
+        carry_over: predict what is noise in a state, and leave the rest as it is: how models are used that were trained on masks alone. The authors predict everything in every step. It wants `tau=1`, since what is never noise never changes.
         convention: `"paper"`, or `"paella"`, the S - 1 states of the authors' image code.
         truncation_rate: of multinomial diffusion: share of the probability that is kept, the likeliest values first.
 
@@ -79,6 +80,7 @@ class DiceSettings:
     guidance_scale: float = 1.0
     anchor: str = "auto"
     anchor_floor: float | None = None
+    carry_over: bool = False
     convention: str = "paper"
     truncation_rate: float = 1.0
 
@@ -156,6 +158,10 @@ class DiceTrace:
     def noised(self, tokens_BN: Tensor, number: int) -> Tensor:
         """Predicted tokens with the noise of a state."""
         raise NotImplementedError
+
+    def changed(self, number: int) -> Tensor:
+        """Positions that the step from a state predicts, `(B, N)`."""
+        return self.editable
 
     def needs_logits(self) -> bool:
         """Whether the anchor asks for the model's logits for the tokens without noise."""
@@ -285,6 +291,11 @@ class MaskedTrace(DiceTrace):
 
     def noised(self, tokens_BN: Tensor, number: int) -> Tensor:
         return noised(tokens_BN, self.noise, self.uniforms, self.states[number].fraction)
+
+    def changed(self, number: int) -> Tensor:
+        if not self.settings.carry_over:
+            return self.editable
+        return self.editable & (self.uniforms <= self.states[number].fraction)
 
     def needs_logits(self) -> bool:
         return not self.onehot.all()

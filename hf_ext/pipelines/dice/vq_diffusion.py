@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, Transformer2DModel, VQDiffusionScheduler, VQModel
+from diffusers import DiffusionPipeline, Transformer2DModel, VQDiffusionScheduler, VQModel
+from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import LearnedClassifierFreeSamplingEmbeddings
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -16,6 +18,9 @@ from hf_ext.pipelines.dice.noise import Generators, uniform_rows
 from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.reference import LEAST, Kernel, guided, gumbel, log_noised, truncated
 from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace, MultinomialTrace
+
+# diffusers writes this class into `model_index.json` as one of its own, and does not find it there: no pipeline with learned embeddings could be loaded. It stands here, not in `_compat`, since this module is copied.
+vars(diffusers).setdefault("LearnedClassifierFreeSamplingEmbeddings", LearnedClassifierFreeSamplingEmbeddings)
 
 
 class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
@@ -44,7 +49,7 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         transformer: Transformer2DModel,
         scheduler: VQDiffusionScheduler,
-        learned_classifier_free_sampling_embeddings: ModelMixin | None = None,
+        learned_classifier_free_sampling_embeddings: LearnedClassifierFreeSamplingEmbeddings | None = None,
         tau: float = 1.0,
         lambda1: float = 0.2,
         guidance_scale: float = 5.0,

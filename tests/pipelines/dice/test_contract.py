@@ -57,6 +57,8 @@ MASKED = [name for name in KINDS if not name.startswith("VQ")]
         dict(anchor="onehot", anchor_floor=-0.5, mask_schedule="cosine"),
         dict(anchor="corrected", temperatures=(0.2, 1.2), mask_schedule="root"),
         dict(guidance_scale=4.0, temperatures=(1.2, 0.2), mask_schedule="early_root"),
+        dict(carry_over=True, tau=1.0),
+        dict(carry_over=True, tau=0.6, anchor="corrected", mask_schedule="cosine"),
         dict(num_inference_steps=1, tau=1.0, mask_schedule="late_cosine"),
     ],
     ids=str,
@@ -148,6 +150,26 @@ def test_padding_and_what_is_not_edited_stays(name):
         assert (~trace.editable).any()
         usual = set(pipeline(name)._ordinary.tolist())
         assert set(found[trace.editable].tolist()) <= usual
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_carried_over(name):
+    """What no state replaces stays, and what a state leaves is not predicted again."""
+    trace = inverted(name, carry_over=True, tau=0.5)
+    found = sequences(name, trace, lambda1=0.0).flatten(1)
+    never = trace.uniforms > 0.5
+    assert torch.equal(found[never], trace.tokens[never]) and not torch.equal(found, trace.tokens)
+    steps = (
+        pipeline(name)
+        .edit(
+            trace, KINDS[name].prompts[1], lambda1=0.0, generator=seeded(), output_type="seq", return_trajectory=True
+        )
+        .trajectory.flatten(2)
+    )
+    if name != "DiffusionGemma":
+        for step, number in enumerate(reversed(range(1, len(trace.states)))):
+            settled = trace.uniforms > trace.states[number - 1].fraction
+            assert torch.equal(steps[step][settled], steps[-1][settled])
 
 
 @every_kind
