@@ -4,10 +4,14 @@ Importing this package tells diffusers the names of its pipelines, so that `Diff
 """
 
 from hf_ext._compat import has_amused_parts, has_vq_diffusion_parts, register_pipeline
-from hf_ext.pipelines.dice.block_text import DiceDiffusionGemmaPipeline
-from hf_ext.pipelines.dice.diffusion_text import DiceDiffusionTextPipeline
-from hf_ext.pipelines.dice.masked_text import DiceTextEditPipeline
-from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace
+from hf_ext._lazy import optional_import
+
+optional_import("diffusers", "diffusers")
+
+from hf_ext.pipelines.dice.block_text import DiceDiffusionGemmaPipeline  # noqa: E402
+from hf_ext.pipelines.dice.diffusion_text import DiceDiffusionTextPipeline  # noqa: E402
+from hf_ext.pipelines.dice.masked_text import DiceTextEditPipeline  # noqa: E402
+from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace  # noqa: E402
 
 __all__ = [
     "DiceDiffusionGemmaPipeline",

@@ -22,7 +22,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
 
     Args:
         vqvae, tokenizer, text_encoder, transformer, scheduler: those of `AmusedPipeline`; of the scheduler, its mask token is used.
-        tau: share of noise in the last state, if `invert` is not told.
+        tau: share of noise in the last state, if `invert` is not told; 0.9 does better with random codes.
         lambda1: strength of the residual, if `edit` is not told.
         guidance_scale: of classifier-free guidance, if `invert` is not told.
         noise: `"mask"`, or `"random"` codes, for models that were trained on some.
@@ -40,7 +40,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         text_encoder: CLIPTextModelWithProjection,
         transformer: UVit2DModel,
         scheduler: AmusedScheduler,
-        tau: float = 0.9,
+        tau: float = 1.0,
         lambda1: float = 0.7,
         guidance_scale: float = 3.0,
         noise: str = "mask",
@@ -70,7 +70,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         guidance_scale: float | None = None,
         anchor: str = "auto",
         anchor_floor: float | None = None,
-        carry_over: bool = False,
+        carry_over: bool | None = None,
         micro_conditioning_aesthetic_score: int = 6,
         micro_conditioning_crop_coord: tuple[int, int] = (0, 0),
         generator: Generators = None,
@@ -84,7 +84,8 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
             negative_prompt: what guidance leads away from.
             num_inference_steps: S, number of states.
             tau: share of noise in the last state, in (0, 1]; by default that of the pipeline.
-            mask_schedule, temperatures, anchor, anchor_floor, carry_over: see `DiceSettings`.
+            mask_schedule, temperatures, anchor, anchor_floor: see `DiceSettings`.
+            carry_over: see `DiceSettings`; by default where noise is a mask.
             guidance_scale: of classifier-free guidance; 1 is none. By default that of the pipeline.
             micro_conditioning_aesthetic_score, micro_conditioning_crop_coord: as in `AmusedPipeline`.
             generator: of the noise; a list has one for each picture, whose noise then does not depend on other pictures.
@@ -101,7 +102,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
             guidance_scale=self.config.guidance_scale if guidance_scale is None else guidance_scale,
             anchor=anchor,
             anchor_floor=anchor_floor,
-            carry_over=carry_over,
+            carry_over=self.config.noise == "mask" if carry_over is None else carry_over,
         )
         codes = self.codes(image)
         rows, height, width = codes.shape

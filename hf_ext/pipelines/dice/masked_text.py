@@ -18,7 +18,7 @@ class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
     Args:
         model: a masked language model, `AutoModelForMaskedLM`.
         tokenizer: its fast tokenizer.
-        tau: share of noise in the last state, if `invert` is not told.
+        tau: share of noise in the last state, if `invert` is not told; 1 does better with masks.
         lambda1: strength of the residual, if `edit` is not told.
         noise: `"random"` tokens, for models that were trained on some (BERT and its kin), or `"mask"`.
 

@@ -130,7 +130,7 @@ class TextEditing(DiceEditing):
         negative_prompt: str = "",
         anchor: str = "auto",
         anchor_floor: float | None = None,
-        carry_over: bool = False,
+        carry_over: bool | None = None,
         noise_map: Tensor | None = None,
         generator: Generators = None,
         store_residuals: bool = False,
@@ -142,7 +142,8 @@ class TextEditing(DiceEditing):
             source_prompt: says what the text is; stands before it. One for all texts, or one for each.
             num_inference_steps: by default the number of tokens of the longest text, as the authors.
             tau: share of noise in the last state, in (0, 1]; by default that of the pipeline.
-            mask_schedule, temperatures, anchor, anchor_floor, carry_over: see `DiceSettings`.
+            mask_schedule, temperatures, anchor, anchor_floor: see `DiceSettings`.
+            carry_over: see `DiceSettings`; by default where noise is a mask.
             guidance_scale: of classifier-free guidance against `negative_prompt`; 1 is none.
             noise_map: int64 `(B, N)`, the tokens that noise consists of; drawn by default.
             generator: of the noise; a list has one for each text, whose noise then does not depend on other texts.
@@ -167,7 +168,7 @@ class TextEditing(DiceEditing):
                 guidance_scale=guidance_scale,
                 anchor=anchor,
                 anchor_floor=anchor_floor,
-                carry_over=carry_over,
+                carry_over=self._masks if carry_over is None else carry_over,
             )
             uniforms, choices = uniform_rows(lengths, tokens.shape[1], 2, generator, device).unbind(-1)
             negative = self._encoded(texts, [negative_prompt] * len(texts))[0] if settings.guided else {}

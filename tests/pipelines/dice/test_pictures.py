@@ -72,7 +72,7 @@ def test_a_decoder_that_cannot_do_with_half_precision():
 def test_parts_of_first_party_pipelines():
     first = AmusedPipeline(**amused_parts())
     own = DiceMaskedImagePipeline.from_pipe(first)
-    assert own.transformer is first.transformer and own.config.tau == 0.9
+    assert own.transformer is first.transformer and own.config.tau == 1.0
     own.set_progress_bar_config(disable=True)
     found = own.edit(
         inverted("aMUSEd", own, guidance_scale=1.0), "blue", lambda1=0.3, generator=seeded(), output_type="seq"

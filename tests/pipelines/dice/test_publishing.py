@@ -92,3 +92,10 @@ def test_a_subclass_of_a_user_brings_no_code(tmp_path):
     own(**kind.parts()).save_pretrained(tmp_path)
     assert not (tmp_path / "pipeline.py").exists()
     assert isinstance(own.from_pretrained(tmp_path), own)
+
+
+def test_without_diffusers():
+    """The package can be imported, and says what is missing where it is used."""
+    code = "import sys; sys.modules['diffusers'] = None\nimport hf_ext\nhf_ext.DiceTextEditPipeline"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'diffusers is not installed: pip install "hf-ext[diffusers]"' in done.stderr
