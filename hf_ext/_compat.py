@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import json
 import pickle
 import types

@@ -29,7 +29,7 @@ def preserved(found_BN: Tensor, source_BN: Tensor, keep_BN: Tensor) -> float:
         ValueError: there are none.
     """
     if not keep_BN.any():
-        raise ValueError("keep_BN names no position that should stay.")
+        raise ValueError("no position is named: the mask is False everywhere.")
     return (found_BN == source_BN)[keep_BN].float().mean().item()
 
 
@@ -77,13 +77,15 @@ def pseudo_perplexity(model: Any, tokenizer: Any, texts: Sequence[str], prompts:
             )
             own = int(prompts is not None)
             places = torch.tensor([place for place, part in enumerate(inputs.sequence_ids(0)) if part == own])
-            rows = torch.arange(len(places))
-            batch = {name: each.repeat(len(places), 1).to(model.device) for name, each in inputs.items()}
-            labels = batch["input_ids"][rows, places]
-            batch["input_ids"][rows, places] = tokenizer.mask_token_id
-            logits = model(**batch).logits[rows, places].float()
-            total += F.cross_entropy(logits, labels, reduction="sum").item()
             count += len(places)
+            # A few at a time: logits are of every position.
+            for some in places.split(8):
+                rows = torch.arange(len(some))
+                batch = {name: each.repeat(len(some), 1).to(model.device) for name, each in inputs.items()}
+                labels = batch["input_ids"][rows, some]
+                batch["input_ids"][rows, some] = tokenizer.mask_token_id
+                logits = model(**batch).logits[rows, some].float()
+                total += F.cross_entropy(logits, labels, reduction="sum").item()
     return math.exp(total / count)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -32,6 +33,7 @@ class DiceDiffusionGemmaPipeline(TextEditing, DiffusionPipeline):
 
     model_cpu_offload_seq = "model"
     _masks = False
+    _guidable = False
     model: Any
     processor: Any
 
@@ -52,27 +54,39 @@ class DiceDiffusionGemmaPipeline(TextEditing, DiffusionPipeline):
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         # diffusers takes the folder of the model's module for a pipeline of its own, and could not load it again.
-        self.register_to_config(model=("transformers", type(self.model).__name__))
+        model = self.model._orig_mod if is_compiled_module(self.model) else self.model
+        self.register_to_config(model=("transformers", type(model).__name__))
         super().save_pretrained(*arguments, **options)
+
+    def _default_steps(self, lengths: list[int]) -> int:
+        return min(max(lengths), self.model.config.canvas_length)
 
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
         if None in prompts:
             raise ValueError("DiffusionGemma answers prompts: give one, be it empty.")
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        context = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        rows = [self._question(str(prompt)) for prompt in prompts]
         inside = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         self._check_texts(texts, inside)
-        size = self.model.config.canvas_length
-        tokens = torch.full((len(texts), -(-max(map(len, inside)) // size) * size), self.tokenizer.eos_token_id)
+        size, end = self.model.config.canvas_length, self.tokenizer.eos_token_id
+        tokens = torch.full((len(texts), -(-max(map(len, inside)) // size) * size), end)
         editable = torch.zeros_like(tokens, dtype=torch.bool)
-        for row, ids in enumerate(inside):
+        # On the left, so that the canvases follow the prompts.
+        context = torch.full((len(texts), max(map(len, rows))), end)
+        mask = torch.zeros_like(context)
+        for row, (ids, question) in enumerate(zip(inside, rows, strict=True)):
             tokens[row, : len(ids)] = torch.tensor(ids)
             editable[row, : len(ids)] = True
+            context[row, -len(question) :] = torch.tensor(question)
+            mask[row, -len(question) :] = 1
         device = self._execution_device
-        condition = {name: context[name].to(device) for name in ("input_ids", "attention_mask")}
+        condition = {"input_ids": context.to(device), "attention_mask": mask.to(device)}
         return condition, tokens.to(device), editable.to(device)
+
+    def _question(self, prompt: str) -> list[int]:
+        """Tokens in front of the text."""
+        message = {"role": "user", "content": prompt}
+        told = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(told, add_special_tokens=False)["input_ids"]
 
     # -- canvases --------------------------------------------------------------------------------------------------------
 
@@ -95,7 +109,11 @@ class DiceDiffusionGemmaPipeline(TextEditing, DiffusionPipeline):
         mask = torch.cat([condition["attention_mask"], torch.ones_like(before_BN)], 1)
         cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         places = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.model.model.encoder(input_ids=ids, attention_mask=mask, past_key_values=cache, position_ids=places)
+        # With a canvas of one token, whose prediction nobody reads: what moves a model to its device does so when it is called as a whole.
+        canvas = torch.zeros_like(ids[:, :1])
+        self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, position_ids=places, decoder_input_ids=canvas
+        )
         return {"past_key_values": cache, "mask": mask}
 
     def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Any, time: float) -> Tensor:
@@ -120,9 +138,10 @@ class DiceDiffusionGemmaPipeline(TextEditing, DiffusionPipeline):
     ) -> tuple[Tensor, list[Tensor]]:
         tokens = trace.tokens.expand(how.rows, -1)
         steps: list[Tensor] = []
-        strengths = self._lambda1, self._lambda2
+        strengths: list[Any] = [self._lambda1, self._lambda2]
         for number, at in enumerate(self._canvases(trace)):
-            self._lambda1, self._lambda2 = (None if each is None else part_of(each, at) for each in strengths)  # type: ignore[assignment]
+            mine: list[Any] = [None if each is None else part_of(each, at) for each in strengths]
+            self._lambda1, self._lambda2 = mine
             told = self._read(condition, tokens[:, : at.start])
             later = replace(how, callback=_from_step(how.callback, number * len(trace.states)))
             # The same prompt is the same condition only as long as the canvases before are.
@@ -130,6 +149,9 @@ class DiceDiffusionGemmaPipeline(TextEditing, DiffusionPipeline):
             found, predicted = super()._replayed(self._canvas(trace, at), told, unchanged, later)
             steps += [_replaced(tokens, at, each) for each in predicted]
             tokens = _replaced(tokens, at, found)
+            # What a callback has set holds for the canvases that follow.
+            now = (self._lambda1, self._lambda2)
+            strengths = [each if new is old else new for each, old, new in zip(strengths, mine, now, strict=True)]
         return tokens, steps
 
 

@@ -51,7 +51,6 @@ class DiceEditing(Published):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["tokens", "logits", "residual"]
-    _output_types: ClassVar[tuple[str, ...]]
 
     # Of `DiffusionPipeline`, which every pipeline is, too.
     progress_bar: Any
@@ -72,12 +71,20 @@ class DiceEditing(Published):
         """The model that predicts tokens."""
         raise NotImplementedError
 
+    def _dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(each.dtype for each in self._denoiser().parameters() if each.is_floating_point())
+
     def _conditions(self, trace: DiceTrace, prompts: list[str | None]) -> Condition:
         """Of new prompts: one for each row of the trace, or several for its only row."""
         raise NotImplementedError
 
     def _output(self, trace: DiceTrace, tokens_BN: Tensor, steps_SBN: Tensor | None, kind: str) -> Any:
         raise NotImplementedError
+
+    def _allowed(self, summed_BNV: Tensor) -> Tensor:
+        """Sums with -inf, in place, for what must not be predicted."""
+        return summed_BNV
 
     def _prepare(self) -> None:
         """What is needed again and again while a trace is made or replayed."""
@@ -123,13 +130,15 @@ class DiceEditing(Published):
     def _with_residuals(self, trace: T) -> T:
         """The trace with the residuals of all states, `(S, B, N, V)`."""
         plain = self._plain(trace) if trace.needs_logits() else None
-        found = []
+        found: Any = None
         with self.progress_bar(total=len(trace.states)) as bar:
             for number in range(len(trace.states)):
                 scores = self._scores(trace, trace.state(number), trace.source, number)
-                found.append(self._residual(trace, number, scores, plain, slice(None)))
+                z = self._residual(trace, number, scores, plain, slice(None))
+                found = z.new_empty(len(trace.states), *z.shape) if found is None else found
+                found[number] = z
                 bar.update()
-        return replace(trace, residuals=torch.stack(found))
+        return replace(trace, residuals=found)
 
     def _gumbel(self, lengths: list[int], count: int, values: int, generator: Generators, device: Any) -> Tensor:
         """Noise of `count` positions, `(B, count, values)`."""
@@ -201,11 +210,12 @@ class DiceEditing(Published):
         prompts = list(target_prompt) if several else [target_prompt]  # type: ignore[arg-type]
         if lambda1 is None:
             lambda1 = self.config.lambda1
-        given = {"target_prompt": prompts, "lambda1": lambda1, "lambda2": lambda2}
-        rows = common_rows(trace, given, generator)
         count = trace.tokens.shape[1]
         self._lambda1 = strength("lambda1", lambda1, count)
         self._lambda2 = None if lambda2 is None else strength("lambda2", lambda2, count)
+        given = {"target_prompt": prompts, "lambda1": self._lambda1, "lambda2": self._lambda2}
+        generator = as_list(generator)
+        rows = common_rows(trace, given, generator)
         if lambda2 is None and (torch.as_tensor(self._lambda1) > 1).any():
             raise ValueError(
                 f"lambda1={lambda1} is above 1, so that lambda2 = 1 - lambda1 is negative; give lambda2, too."
@@ -243,9 +253,13 @@ class DiceEditing(Published):
         kind = self._output_types[0] if output_type is None else output_type
         one_of("output_type", kind, self._output_types)
         trace.check(self._about())
-        self._prepare()
-        trace = trace.to(self._execution_device)
+        device = self._execution_device
+        trace = trace.to(device, self._dtype())
+        for name in ("_lambda1", "_lambda2"):
+            if isinstance(value := getattr(self, name), Tensor):
+                setattr(self, name, value.to(device))
         with evaluating(self._denoiser()):
+            self._prepare()
             if prompts is None:
                 condition = trace.source
             else:
@@ -283,7 +297,7 @@ class DiceEditing(Published):
                     given = {"tokens": tokens, "logits": logits, "residual": z}
                     time = trace.states[number].time
                     answer = how.callback(self, step, time, {name: given[name] for name in how.wanted})
-                    tokens = (answer or {}).get("tokens", tokens)
+                    tokens = torch.where(trace.editable, (answer or {}).get("tokens", tokens), tokens)
                 if how.keep:
                     predicted.append(tokens)
                 if number:
@@ -300,29 +314,32 @@ class DiceEditing(Published):
         plain: Tensor | None,
         lambdas: tuple[float | Tensor, float | Tensor],
         how: Replay,
-    ) -> tuple[Tensor, Tensor | float]:
-        """The likeliest tokens after the injection, a block of positions at a time, and the residual of the last block.
+    ) -> tuple[Tensor, Tensor | None]:
+        """The likeliest tokens after the injection, a block of positions at a time, and the residual if a callback wants it.
 
         Args:
             recorded: scores of the recorded state; None where the residual is stored, or not wanted.
         """
         count, values = logits.shape[1:]
         lengths = lengths_of(trace.editable.expand(how.rows, -1))
-        width = count if "residual" in how.wanted else max(1, _BLOCK // values)
-        found, z, noise = [], 0.0, 0.0  # type: tuple[list[Tensor], Any, Any]
+        width = max(1, _BLOCK // values)
+        found, kept, z, noise = [], [], 0.0, 0.0  # type: tuple[list[Tensor], list[Tensor], Any, Any]
         for begin in range(0, count, width):
             at = slice(begin, min(begin + width, count))
             if recorded is not None:
                 z = self._residual(trace, number, recorded, plain, at)
             elif trace.residuals is not None:
                 z = trace.residuals[number][:, at]
+            if "residual" in how.wanted:
+                kept.append(torch.as_tensor(z, device=logits.device).expand_as(logits[:, at]))
             if not is_zero(lambdas[1]):
                 used = [max(0, min(length, at.stop) - begin) for length in lengths]
                 noise = self._gumbel(used, at.stop - begin, values, how.generator, logits.device)
             lambda1, lambda2 = (part_of(each, at) for each in lambdas)
             scaled = logits[:, at] / trace.states[number].temperature
-            found.append(injected(scaled, z, noise, lambda1, lambda2, how.injection).argmax(-1))
-        return torch.cat(found, 1), z
+            summed = injected(scaled, z, noise, lambda1, lambda2, how.injection)
+            found.append(self._allowed(summed).argmax(-1))
+        return torch.cat(found, 1), torch.cat(kept, 1) if kept else None
 
 
 def part_of(value: float | Tensor, at: slice) -> float | Tensor:
@@ -365,11 +382,7 @@ def common_rows(trace: DiceTrace, given: dict[str, Any], generator: Generators) 
     Raises:
         ValueError: the numbers of rows do not match.
     """
-    counts = {
-        name: len(value)
-        for name, value in given.items()
-        if (isinstance(value, Sequence) and not isinstance(value, str)) or (isinstance(value, Tensor) and value.ndim)
-    }
+    counts = {name: len(value) for name, value in given.items() if isinstance(value, list | Tensor)}
     rows = trace.rows if trace.rows > 1 else max([1, *counts.values()])
     for name, count in counts.items():
         if count not in (1, rows):
@@ -378,20 +391,28 @@ def common_rows(trace: DiceTrace, given: dict[str, Any], generator: Generators) 
     return rows
 
 
+def as_list(generator: Any) -> Generators:
+    """Generators of rows as a list."""
+    return list(generator) if isinstance(generator, tuple) else generator
+
+
 def check_generators(generator: Generators, rows: int) -> None:
     if isinstance(generator, list) and len(generator) != rows:
         raise ValueError(f"generator has {len(generator)} entries and there are {rows} rows; give one for each.")
 
 
-def per_row(name: str, value: str | Sequence[str | None] | None, rows: int) -> list[Any]:
+def per_row(name: str, value: str | Sequence[str | None] | None, rows: int, needed: bool = False) -> list[Any]:
     """One value for each row.
+
+    Args:
+        needed: whether None is refused.
 
     Raises:
         ValueError: there are neither one nor `rows` of them, or some are None.
     """
     given = [value] if value is None or isinstance(value, str) else list(value)
-    if len(given) not in (1, rows):
+    if not given or len(given) not in (1, rows):
         raise ValueError(f"{name} has {len(given)} entries and there are {rows} rows; give 1 or {rows}.")
-    if None in given and set(given) != {None}:
-        raise ValueError(f"{name}={given} mixes prompts and None; use '' for an empty prompt.")
+    if None in given and (needed or set(given) != {None}):
+        raise ValueError(f"{name}={value!r}: give a prompt for every row, '' for an empty one.")
     return given * (rows // len(given))

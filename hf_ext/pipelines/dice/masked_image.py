@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from hf_ext._modes import evaluating
-from hf_ext.pipelines.dice.editing import Condition, check_generators, per_row
+from hf_ext.pipelines.dice.editing import Condition, as_list, check_generators, per_row
 from hf_ext.pipelines.dice.noise import Generators, uniform_rows
 from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.trace import NOISES, DiceSettings, DiceTrace, MaskedTrace, one_of
@@ -106,7 +106,8 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         )
         codes = self.codes(image)
         rows, height, width = codes.shape
-        prompts = per_row("source_prompt", source_prompt, rows)
+        prompts = per_row("source_prompt", source_prompt, rows, needed=True)
+        generator = as_list(generator)
         check_generators(generator, rows)
         tokens = codes.flatten(1)
         uniforms, choices = uniform_rows([height * width] * rows, height * width, 2, generator, tokens.device).unbind(
@@ -115,7 +116,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         scale = self.image_processor.config.vae_scale_factor
         micro = [width * scale, height * scale, *micro_conditioning_crop_coord, micro_conditioning_aesthetic_score]
         notes = {"grid": [height, width], "micro_conditioning": micro, "source_prompts": prompts}
-        negative = per_row("negative_prompt", negative_prompt, rows)
+        negative = per_row("negative_prompt", negative_prompt, rows, needed=True)
         with evaluating(self.transformer):
             trace = MaskedTrace(
                 tokens=tokens,
@@ -155,7 +156,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
 
     def _conditions(self, trace: DiceTrace, prompts: list[str | None]) -> Condition:
         rows = len(prompts) if trace.rows == 1 else trace.rows
-        return self._condition(per_row("target_prompt", prompts, rows), trace.notes["micro_conditioning"])
+        return self._condition(per_row("target_prompt", prompts, rows, needed=True), trace.notes["micro_conditioning"])
 
     def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Condition, time: float) -> Tensor:
         logits = self.transformer(tokens_BN.unflatten(-1, trace.notes["grid"]), **condition).flatten(2).mT

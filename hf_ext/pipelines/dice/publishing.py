@@ -7,7 +7,7 @@ import inspect
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import EntryNotFoundError
@@ -36,23 +36,38 @@ Settings: {settings}.
 The method (DICE, {paper}) trains nothing. Full strength gives the input back; how much of the rest is kept, and how well an edit follows its prompt, depends on the model and should be measured.
 """
 
+_OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr")
+
 
 class Published:
     """`save_pretrained` and `push_to_hub` of a pipeline, with its code and a card."""
 
     components: Any
+    _output_types: ClassVar[tuple[str, ...]]
     config: Any
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *arguments: Any, push_to_hub: bool = False, **options: Any
+    ) -> None:
         """As that of `DiffusionPipeline`; also writes `pipeline.py`, the code of this pipeline for those who do not have hf_ext.
 
         Raises:
-            ValueError: a component is wrapped by PEFT, which diffusers would leave out.
+            ValueError: a component could not be loaded again: it has adapters, or is of remote code.
         """
         for name, component in self.components.items():
-            if type(component).__module__.startswith("peft."):
+            kind = type(component)
+            if kind.__module__.startswith("peft."):
                 raise ValueError(
-                    f"{name} is a {type(component).__name__}, which diffusers does not save: set pipeline.{name} = pipeline.{name}.merge_and_unload() first, or save the adapter on its own."
+                    f"{name} is a {kind.__name__}, which diffusers does not save: set pipeline.{name} = pipeline.{name}.merge_and_unload() first, or save the adapter on its own."
+                )
+            # Models of transformers and of diffusers alike say so.
+            if getattr(component, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"{name} has adapters, which would be saved in the place of its weights: call pipeline.{name}.delete_adapter(...) first, and save the adapters on their own."
+                )
+            if kind.__module__.startswith("transformers_modules."):
+                raise ValueError(
+                    f"{name} is a {kind.__name__} of remote code, which diffusers could not load again: save the model and the tokenizer with their own save_pretrained, and the trace with trace.save."
                 )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +76,10 @@ class Published:
             aside = folder / f".pipeline.{os.getpid()}.part"
             aside.write_text(source, encoding="utf-8")
             os.replace(aside, folder / "pipeline.py")
+        hub = {name: options.pop(name) for name in list(options) if push_to_hub and name in _OF_THE_HUB}
         super().save_pretrained(str(folder), *arguments, **options)  # type: ignore[misc]
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 
     def push_to_hub(
         self,
@@ -96,7 +114,7 @@ class Published:
             )
 
     def _card(self, repo: str) -> ModelCard:
-        tags = ["hf-ext", "dice", "text-editing" if "Text" in type(self).__name__ else "image-editing"]
+        tags = ["hf-ext", "dice", "text-editing" if "text" in self._output_types else "image-editing"]
         metadata = ModelCardData(library_name="diffusers", tags=tags)
         settings = {name: value for name, value in self.config.items() if isinstance(value, (int, float, str))}
         shown = ", ".join(f"`{name}` {value}" for name, value in settings.items() if not name.startswith("_"))

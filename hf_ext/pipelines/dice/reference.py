@@ -39,8 +39,12 @@ def trajectory(
     schedule: str = "linear",
     temperatures: tuple[float, float] = (1.0, 1.0),
     convention: str = "paper",
+    from_noise: bool = False,
 ) -> list[State]:
     """States from the least noise to the most.
+
+    Args:
+        from_noise: begin with the first state that has noise: S equal times up to tau, without 0.
 
     `"paper"`: S states at equal times from 0 to tau. `"paella"`: the S - 1 of the authors' image code, each of which the model is told to be one place later on a finer grid.
     """
@@ -50,6 +54,8 @@ def trajectory(
         return torch.linspace(first, last, count, dtype=torch.float64).tolist()
 
     times, scales = between(0, tau, steps), between(*temperatures, steps)
+    if from_noise:
+        times = between(0, tau, steps + 1)[1:]
     if convention == "paper":
         return [State(share(time), time, scale) for time, scale in zip(times, scales, strict=True)]
     told = between(0, tau, steps + 1)
@@ -164,6 +170,8 @@ def _spread(log_BNV: Tensor, stay: Tensor, replace: Tensor, mask: Tensor) -> Ten
 
 def truncated(log_BNK: Tensor, rate: float) -> Tensor:
     """Log-probabilities of the likeliest values that make up `rate` of the probability, the first of them in any case; -70 for the others."""
+    if rate == 1:
+        return log_BNK.clamp(min=LEAST)
     ordered, places = log_BNK.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0

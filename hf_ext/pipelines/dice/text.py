@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hf_ext._modes import evaluating
-from hf_ext.pipelines.dice.editing import Condition, DiceEditing, check_generators, per_row
+from hf_ext.pipelines.dice.editing import Condition, DiceEditing, as_list, check_generators, per_row
 from hf_ext.pipelines.dice.noise import Generators, lengths_of, uniform_rows
 from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace, MaskedTrace
 
-# What a value must not reach in any step: finite, so that differences of it are.
-NEVER = -1e4
+# The least that a logit is taken for: finite, so that differences are.
+LOWEST = -1e4
 
 
 @dataclass
@@ -39,6 +40,7 @@ class TextEditing(DiceEditing):
     """A prompt says what a text is, another what it should be."""
 
     _output_types: ClassVar[tuple[str, ...]] = ("text", "seq")
+    _guidable: ClassVar[bool] = True
     tokenizer: Any
     model: Any
 
@@ -67,9 +69,7 @@ class TextEditing(DiceEditing):
             ValueError: prompt and text are too long, or as `_check_texts`.
         """
         lengths, length = own_BL.sum(-1), ids_BL.shape[1]
-        limit = min(
-            self.tokenizer.model_max_length, self.model.config.to_dict().get("max_position_embeddings", length)
-        )
+        limit = min(self.tokenizer.model_max_length, self._positions() or length)
         if length > limit:
             raise ValueError(f"prompt and text have {length} tokens, and the model reads {limit}; shorten them.")
         self._check_texts(texts, [ids[own].tolist() for ids, own in zip(ids_BL, own_BL, strict=True)])
@@ -83,12 +83,20 @@ class TextEditing(DiceEditing):
         moved = {name: each.to(device) for name, each in condition.items()}
         return moved, tokens.to(device), editable.to(device)
 
+    def _positions(self) -> int | None:
+        """How many tokens the model has positions for; RoBERTa's begin behind that of padding."""
+        known = self.model.config.to_dict().get("max_position_embeddings")
+        for name, module in self.model.named_modules():
+            if known and name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return known if module.padding_idx is None else known - module.padding_idx - 1
+        return known
+
     def _check_texts(self, texts: list[str], ids: list[list[int]]) -> None:
         """
         Raises:
             ValueError: a text is empty or has special tokens.
         """
-        special = set(self.tokenizer.all_special_ids)
+        special = self._special_ids()
         for row, (text, inside) in enumerate(zip(texts, ids, strict=True)):
             if not inside:
                 raise ValueError(f"text {row} is empty: {text!r}.")
@@ -104,17 +112,35 @@ class TextEditing(DiceEditing):
         logits = self.model(input_ids=ids, **inputs).logits
         return self._usable(logits.take_along_dim(places.clamp(max=length - 1)[..., None], 1))
 
+    def _special_ids(self) -> set[int]:
+        """Named special tokens, and those of chat templates and the like, which have no name."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return set(self.tokenizer.all_special_ids) | {number for number, token in added if token.special}
+
     def _prepare(self) -> None:
-        special = set(self.tokenizer.all_special_ids)
-        ordinary = [each for each in range(len(self.tokenizer)) if each not in special]
+        ordinary = sorted(set(self.tokenizer.get_vocab().values()) - self._special_ids())
         # Tokens that may stand in a text.
         self._ordinary = torch.tensor(ordinary, device=self._execution_device)
 
     def _usable(self, logits: Tensor) -> Tensor:
-        """Logits in float32, with nothing but ordinary tokens to be predicted."""
-        forbidden = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        """Finite logits, in float32 or wider.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the model does not.
+        """
+        if self._ordinary[-1] >= logits.shape[-1]:
+            raise ValueError(
+                f"the tokenizer has the token {int(self._ordinary[-1])}, and the model {logits.shape[-1]} of them: call model.resize_token_embeddings(len(tokenizer)), or take the tokenizer that belongs to the model."
+            )
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=LOWEST)
+
+    def _allowed(self, summed_BNV: Tensor) -> Tensor:
+        forbidden = torch.ones(summed_BNV.shape[-1], dtype=torch.bool, device=summed_BNV.device)
         forbidden[self._ordinary] = False
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill_(forbidden, NEVER)
+        return summed_BNV.masked_fill_(forbidden, -math.inf)
+
+    def _default_steps(self, lengths: list[int]) -> int:
+        return max(lengths)
 
     @torch.no_grad()
     def invert(
@@ -127,7 +153,7 @@ class TextEditing(DiceEditing):
         mask_schedule: str = "linear",
         temperatures: tuple[float, float] = (1.0, 1.0),
         guidance_scale: float = 1.0,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         anchor: str = "auto",
         anchor_floor: float | None = None,
         carry_over: bool | None = None,
@@ -140,7 +166,7 @@ class TextEditing(DiceEditing):
         Args:
             text: what is to be edited; one or several.
             source_prompt: says what the text is; stands before it. One for all texts, or one for each.
-            num_inference_steps: by default the number of tokens of the longest text, as the authors.
+            num_inference_steps: by default the number of tokens of the longest text, as the authors; with a number of one's own, what becomes of a text does not depend on the others.
             tau: share of noise in the last state, in (0, 1]; by default that of the pipeline.
             mask_schedule, temperatures, anchor, anchor_floor: see `DiceSettings`.
             carry_over: see `DiceSettings`; by default where noise is a mask.
@@ -153,15 +179,21 @@ class TextEditing(DiceEditing):
             ValueError: an argument is out of range, a text is empty, too long, or has special tokens.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("text is empty; give at least one.")
         prompts = per_row("source_prompt", source_prompt, len(texts))
+        negatives = per_row("negative_prompt", negative_prompt, len(texts), needed=True)
+        generator = as_list(generator)
         check_generators(generator, len(texts))
         device = self._execution_device
-        self._prepare()
         with evaluating(self.model):
+            self._prepare()
             source, tokens, editable = self._encoded(texts, prompts)
             lengths = lengths_of(editable)
             settings = DiceSettings(
-                num_inference_steps=max(lengths) if num_inference_steps is None else num_inference_steps,
+                num_inference_steps=self._default_steps(lengths)
+                if num_inference_steps is None
+                else num_inference_steps,
                 tau=self.config.tau if tau is None else tau,
                 mask_schedule=mask_schedule,
                 temperatures=temperatures,
@@ -170,8 +202,12 @@ class TextEditing(DiceEditing):
                 anchor_floor=anchor_floor,
                 carry_over=self._masks if carry_over is None else carry_over,
             )
+            if settings.guided and not self._guidable:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale}: {type(self).__name__} has no guidance; leave it at 1."
+                )
             uniforms, choices = uniform_rows(lengths, tokens.shape[1], 2, generator, device).unbind(-1)
-            negative = self._encoded(texts, [negative_prompt] * len(texts))[0] if settings.guided else {}
+            negative = self._encoded(texts, negatives)[0] if settings.guided else {}
             trace = MaskedTrace(
                 tokens=tokens,
                 editable=editable,

@@ -37,7 +37,7 @@ def one_of(name: str, value: Any, choices: Any) -> None:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """Tells models with other weights apart, from a few numbers of each, rounded to bfloat16; None if some weights are not in memory.
+    """Tells models with other weights apart, from a few numbers of each, rounded to bfloat16, in which they may be loaded; None if some weights are not in memory.
 
     Packed weights are left out: some kernels pack them anew when they are first used.
     """
@@ -85,6 +85,8 @@ class DiceSettings:
     truncation_rate: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("tau", "guidance_scale", "truncation_rate"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         least = 2 if self.convention == "paella" else 1
         if self.num_inference_steps != int(self.num_inference_steps) or self.num_inference_steps < least:
             raise ValueError(
@@ -92,10 +94,11 @@ class DiceSettings:
             )
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau={self.tau} must be in (0, 1]: the share of noise in the last state.")
+        object.__setattr__(self, "num_inference_steps", int(self.num_inference_steps))
         one_of("mask_schedule", self.mask_schedule, MASK_SCHEDULES)
         one_of("anchor", self.anchor, ANCHORS)
         one_of("convention", self.convention, CONVENTIONS)
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))
+        object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
         if len(self.temperatures) != 2 or not all(0 < each < math.inf for each in self.temperatures):
             raise ValueError(f"temperatures={self.temperatures} must be two positive numbers.")
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
@@ -207,8 +210,15 @@ class DiceTrace:
                 groups[name] = tensor
         return cls(**groups, **others)
 
-    def to(self, device: torch.device | str) -> DiceTrace:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DiceTrace:
+        """
+        Args:
+            dtype: of what the model is told.
+        """
         moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        for name, tensor in moved.items():
+            if "." in name and tensor.is_floating_point():
+                moved[name] = tensor.to(dtype)
         others = {"settings": self.settings, "recorded_with": self.recorded_with, "notes": self.notes}
         return self._assembled(moved, others)
 
@@ -279,7 +289,12 @@ class MaskedTrace(DiceTrace):
         self.uniforms = torch.where(self.editable, self.uniforms, 2.0)
         chosen = self.settings
         self._states = trajectory(
-            chosen.num_inference_steps, chosen.tau, chosen.mask_schedule, chosen.temperatures, chosen.convention
+            chosen.num_inference_steps,
+            chosen.tau,
+            chosen.mask_schedule,
+            chosen.temperatures,
+            chosen.convention,
+            from_noise=chosen.carry_over,
         )
 
     @property

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hf_ext.pipelines.dice.editing import Condition, check_generators, expanded, per_row
+from hf_ext._modes import evaluating
+from hf_ext.pipelines.dice.editing import Condition, as_list, check_generators, expanded, per_row
 from hf_ext.pipelines.dice.noise import Generators, uniform_rows
 from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.reference import LEAST, Kernel, guided, gumbel, log_noised, truncated
@@ -90,7 +91,7 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
             image: PIL pictures, arrays or tensors in [0, 1], all of one size; or int64 codes `(B, h, w)`.
             source_prompt: says what the picture shows; one for all, or one for each.
             negative_prompt: what guidance leads away from; by default the learned embeddings if there are any, or an empty prompt.
-            tau: share of the scheduler's time up to the last state, in (0, 1]; by default that of the pipeline.
+            tau: share of the scheduler's time up to the last state, in (0, 1]; by default that of the pipeline. The trace holds the codes of each state.
             guidance_scale: of classifier-free guidance; 1 is none. By default that of the pipeline.
             anchor_floor: log-probability of other values in the anchor; log 1e-30 by default, as the authors. The lower, the closer the result stays.
             truncation_rate: share of the probability that is kept, the likeliest values first.
@@ -115,7 +116,8 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
         if grid != [self.transformer.height, self.transformer.width]:
             expected = self.transformer.height, self.transformer.width
             raise ValueError(f"image has {tuple(grid)} codes and the model paints {expected}; resize the picture.")
-        prompts = per_row("source_prompt", source_prompt, rows)
+        prompts = per_row("source_prompt", source_prompt, rows, needed=True)
+        generator = as_list(generator)
         check_generators(generator, rows)
         tokens = codes.flatten(1)
         states = [self._state(tokens, time, generator) for time in range(settings.num_inference_steps)]
@@ -130,7 +132,8 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
             trajectory=torch.stack(states),
         )
         if store_residuals:
-            trace = self._with_residuals(trace)
+            with evaluating(self.transformer):
+                trace = self._with_residuals(trace)
         self.maybe_free_model_hooks()
         return trace
 
@@ -166,10 +169,12 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
         learned = self.learned_classifier_free_sampling_embeddings
         if prompt is None and learned is not None and learned.config.learnable:
             return expanded({"encoder_hidden_states": learned.embeddings[None].to(self._execution_device)}, rows)
-        return self._condition(per_row("negative_prompt", "" if prompt is None else prompt, rows))
+        return self._condition(per_row("negative_prompt", "" if prompt is None else prompt, rows, needed=True))
 
     def _conditions(self, trace: DiceTrace, prompts: list[str | None]) -> Condition:
-        return self._condition(per_row("target_prompt", prompts, len(prompts) if trace.rows == 1 else trace.rows))
+        return self._condition(
+            per_row("target_prompt", prompts, len(prompts) if trace.rows == 1 else trace.rows, needed=True)
+        )
 
     def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Condition, time: float) -> Tensor:
         """log p(x_0 | x_t), `(B, N, K)`."""

@@ -46,6 +46,9 @@ class Toy(DiceEditing, DiffusionPipeline):
     def _denoiser(self):
         return nn.Identity()
 
+    def _dtype(self):
+        return torch.float64
+
     def _about(self):
         return {}
 

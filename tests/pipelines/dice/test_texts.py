@@ -114,7 +114,7 @@ def test_what_cannot_be_inverted():
     refused(r"text 0 has the special tokens \['<mask>'\]", "a <mask> film")
     refused("prompt and text have 64 tokens, and the model reads 40", "film " * 58)
     refused("source_prompt has 3 entries and there are 2 rows", prompt=["a", "b", "c"])
-    refused("mixes prompts and None", prompt=["a", None])
+    refused("give a prompt for every row", prompt=["a", None])
     refused("noise_map is torch.float32", noise_map=torch.zeros(2, 8))
     refused(r"give torch.int64 \(2, 8\)", noise_map=torch.zeros(2, 7, dtype=torch.int64))
     refused("outside of the vocabulary", noise_map=torch.full((2, 8), 99))
