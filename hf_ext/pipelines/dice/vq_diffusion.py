@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import diffusers
+import diffusers.pipelines
 import torch
 from diffusers import DiffusionPipeline, Transformer2DModel, VQDiffusionScheduler, VQModel
+from diffusers.pipelines.deprecated import vq_diffusion
 from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import LearnedClassifierFreeSamplingEmbeddings
 from torch import Tensor
 from torch.nn.functional import pad
@@ -20,7 +21,9 @@ from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.reference import LEAST, Kernel, guided, gumbel, log_noised, truncated
 from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace, MultinomialTrace
 
-# diffusers writes this class into `model_index.json` as one of its own, and does not find it there: no pipeline with learned embeddings could be loaded. It stands here, not in `_compat`, since this module is copied.
+# Published checkpoints name the module of the learned embeddings as it was before diffusers moved it, and newly saved ones say that diffusers exports the class. Neither can be loaded without these names; they are set
+# here and not in `_compat`, since this module is copied.
+vars(diffusers.pipelines).setdefault("vq_diffusion", vq_diffusion)
 vars(diffusers).setdefault("LearnedClassifierFreeSamplingEmbeddings", LearnedClassifierFreeSamplingEmbeddings)
 
 

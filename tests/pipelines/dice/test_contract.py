@@ -5,6 +5,7 @@ import json
 import math
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AmusedScheduler, DiffusionPipeline, VQDiffusionScheduler
@@ -359,6 +360,24 @@ def test_on_an_accelerator(name, offload):
     found = sequences(name, trace, pipe, lambda1=half)
     assert found.device.type == "cuda" and torch.equal(trace.state(1).cpu(), inverted(name).state(1))
     assert torch.equal(pipe.reconstruct(inverted(name), output_type="seq").sequences.cpu(), original(trace).cpu())
+
+
+@every_kind
+def test_a_trace_of_another_precision(name):
+    """What the model was told is told again in the precision of the model."""
+    pipe = KINDS[name].pipeline().to(torch.bfloat16)
+    found = pipe.reconstruct(inverted(name), output_type="seq").sequences
+    assert torch.equal(found, original(inverted(name)))
+
+
+def test_values_of_numpy(tmp_path):
+    trace = inverted("masked text", tau=np.float32(0.5), num_inference_steps=5.0)
+    trace.save(tmp_path / "trace.safetensors")
+    assert DiceTrace.load(tmp_path / "trace.safetensors").settings.num_inference_steps == 5
+    one = inverted("masked text", sources=["good film ."])
+    strengths = np.array([0.1, 0.5, 0.9])
+    found = sequences("masked text", one, lambda1=strengths, generator=tuple(seeded(3)))
+    assert torch.equal(found, sequences("masked text", one, lambda1=[0.1, 0.5, 0.9], generator=seeded(3)))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------

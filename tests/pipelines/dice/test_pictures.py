@@ -1,5 +1,7 @@
 """Pictures: codes and back, the parts of first-party pipelines, and the posterior of VQ-Diffusion."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,40 @@ def test_learned_embeddings_come_back(tmp_path):
     pipe.save_pretrained(tmp_path)
     again = DiceVQDiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(again.learned_classifier_free_sampling_embeddings.embeddings, learned.embeddings)
+
+
+@pytest.mark.parametrize("library", ["vq_diffusion", "diffusers"])
+def test_embeddings_of_published_checkpoints(library, tmp_path):
+    """They name the module that diffusers has moved, or diffusers itself."""
+    learned = LearnedClassifierFreeSamplingEmbeddings(learnable=True, hidden_size=16, length=8)
+    name = "learned_classifier_free_sampling_embeddings"
+    DiceVQDiffusionPipeline(**vq_diffusion_parts(), **{name: learned}).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index[name] = [library, "LearnedClassifierFreeSamplingEmbeddings"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = DiceVQDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.learned_classifier_free_sampling_embeddings.embeddings, learned.embeddings)
+
+
+def test_prompts_are_needed():
+    for name in ("aMUSEd", "VQ-Diffusion"):
+        pipe = pipeline(name)
+        with pytest.raises(ValueError, match="source_prompt=None: give a prompt"):
+            pipe(KINDS[name].sources(), target_prompt="blue")
+        with pytest.raises(ValueError, match=r"target_prompt=.*None.*: give a prompt"):
+            pipe(KINDS[name].sources(), source_prompt="red")
+
+
+def test_dropout_is_off_while_residuals_are_recorded():
+    parts = vq_diffusion_parts()
+    for module in parts["transformer"].modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    parts["transformer"].train()
+    pipe = DiceVQDiffusionPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    one, two = (inverted("VQ-Diffusion", pipe, store_residuals=True).residuals for _ in range(2))
+    assert torch.equal(one, two)
 
 
 def test_sizes_that_the_model_does_not_paint():

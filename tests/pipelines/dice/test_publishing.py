@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_ext.pipelines.standalone import standalone_source
@@ -84,6 +85,29 @@ def test_adapters_are_not_left_out(tmp_path):
     pipe.model = pipe.model.merge_and_unload()
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "model/config.json").exists()
+
+
+def test_adapters_that_were_added_are_not_saved_for_the_weights(tmp_path):
+    pipe = KINDS["masked text"].pipeline()
+    pipe.model.add_adapter(LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"model has adapters, .* call pipeline.model.delete_adapter"):
+        pipe.save_pretrained(tmp_path)
+
+
+def test_models_of_remote_code_are_refused(tmp_path):
+    """diffusers would write down the module of the moment, which is not there the next time."""
+    pipe = KINDS["diffusion text"].pipeline()
+    pipe.model.__class__ = type("Remote", (type(pipe.model),), {"__module__": "transformers_modules.hub.modeling"})
+    with pytest.raises(ValueError, match="model is a Remote of remote code"):
+        pipe.save_pretrained(tmp_path)
+
+
+def test_a_compiled_gemma_is_saved(tmp_path):
+    kind = KINDS["DiffusionGemma"]
+    pipe = kind.pipeline()
+    pipe.model = torch.compile(pipe.model, backend="eager")
+    pipe.save_pretrained(tmp_path)
+    assert type(kind.cls.from_pretrained(tmp_path).model).__name__ == "DiffusionGemmaForBlockDiffusion"
 
 
 def test_a_subclass_of_a_user_brings_no_code(tmp_path):

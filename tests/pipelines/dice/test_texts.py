@@ -5,6 +5,7 @@ import torch
 from diffusers import BlockRefinementScheduler, DiffusionGemmaPipeline, LLaDA2Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AddedToken,
     BertConfig,
     BertForMaskedLM,
     BitsAndBytesConfig,
@@ -117,6 +118,8 @@ def test_what_cannot_be_inverted():
     refused("give a prompt for every row", prompt=["a", None])
     refused("noise_map is torch.float32", noise_map=torch.zeros(2, 8))
     refused(r"give torch.int64 \(2, 8\)", noise_map=torch.zeros(2, 7, dtype=torch.int64))
+    refused("text is empty; give at least one", [])
+    refused("negative_prompt has 3 entries", negative_prompt=["a", "b", "c"])
     refused("outside of the vocabulary", noise_map=torch.full((2, 8), 99))
 
 
@@ -139,6 +142,77 @@ def test_a_trace_of_another_tokenizer_is_refused():
         other.edit(trace, "positive :")
 
 
+def test_special_tokens_without_a_name():
+    """Those of chat templates are special, but have no role: they are neither noise nor predicted nor edited."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", special=True)])
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    assert turn not in tokenizer.all_special_ids
+    model = roberta(len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.bias[turn] = 1e3
+    pipe = DiceTextEditPipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    trace = pipe.invert(TEXTS, "positive :", tau=1.0, generator=seeded())
+    assert turn not in trace.noise
+    for options in ({"lambda1": 0.0}, {"lambda1": 1.5, "lambda2": 0.5}, {"lambda1": 1.0, "lambda2": 5.0}):
+        assert turn not in pipe.edit(trace, "negative", generator=seeded(), **options).sequences
+    with pytest.raises(ValueError, match=r"has the special tokens \['<turn>'\]"):
+        pipe.invert("good <turn> film", "positive :")
+
+
+def test_strengths_above_one_leave_special_tokens_out():
+    for anchor in ("onehot", "corrected"):
+        trace = inverted("masked text", anchor=anchor, temperatures=(0.2, 1.2))
+        found = pipeline("masked text").edit(trace, "negative", lambda1=1.5, lambda2=0.0).sequences
+        assert set(found[trace.editable].tolist()) <= set(pipeline("masked text")._ordinary.tolist())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model():
+    tokenizer = word_tokenizer()
+    model = roberta(len(tokenizer))
+    tokenizer.add_tokens(["unseen"])
+    pipe = DiceTextEditPipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    trace = pipe.invert("good film", "positive :")
+    with pytest.raises(ValueError, match=r"the tokenizer has the token 27, and the model 27 of them"):
+        pipe.reconstruct(trace)
+
+
+def test_positions_of_roberta_begin_behind_padding():
+    tokenizer = word_tokenizer(length=10**9)
+    pipe = DiceTextEditPipeline(roberta(len(tokenizer)), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    longest = " ".join(["film"] * 37)
+    assert pipe.reconstruct(pipe.invert(longest, "so", num_inference_steps=2)).texts == [longest]
+    with pytest.raises(ValueError, match="have 43 tokens, and the model reads 42"):
+        pipe.invert(longest + " film", "so")
+
+
+def test_logits_of_minus_infinity():
+    """Some models rule out values themselves."""
+    tokenizer = word_tokenizer()
+    model = roberta(len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.bias[9] = -torch.inf
+    pipe = DiceTextEditPipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    trace = pipe.invert(TEXTS, "positive :", generator=seeded())
+    assert pipe.reconstruct(trace).texts == TEXTS
+    found = pipe.edit(trace, "negative", lambda1=0.3, generator=seeded()).sequences
+    assert len(set(found[trace.editable].tolist())) > 3
+
+
+def test_guidance_of_texts():
+    """Negative prompts are one for all texts, or one for each."""
+    options = dict(guidance_scale=2.0, anchor="corrected", store_residuals=True)
+    one, each, other = (
+        inverted("masked text", negative_prompt=prompt, **options).residuals
+        for prompt in ("bad", ["bad", "bad"], "so very long :")
+    )
+    assert torch.equal(one, each) and not torch.allclose(one, other)
+
+
 # -- diffusion language models -------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +222,16 @@ def test_causal_models_are_refused():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
     with pytest.raises(ValueError, match="LlamaForCausalLM is causal"):
         DiceDiffusionTextPipeline(model, tokenizer).invert(TEXTS, "positive")
+
+
+def test_one_step_predicts_everything():
+    """With one state, and with a text of one token, all of it is masked."""
+    pipe = pipeline("diffusion text")
+    for text, options in (("good", {}), (TEXTS[0], {"num_inference_steps": 1})):
+        trace = pipe.invert(text, "positive", generator=seeded(1), **options)
+        assert len(trace.states) == 1 and trace.changed(0).all()
+        assert pipe.reconstruct(trace).texts == [text]
+        assert pipe.edit(trace, "negative", lambda1=0.0, generator=seeded(1)).texts != [text]
 
 
 def test_the_anchor_is_chosen_by_row():
@@ -197,6 +281,34 @@ def test_canvases_see_what_the_ones_before_became():
         if number:
             expected = last.noised(expected, number - 1)
     assert torch.equal(edited[:, 4:], expected)
+
+
+def test_prompts_of_different_lengths_in_gemma():
+    """A row of a batch is what it is alone, whatever side the tokenizer pads on."""
+    pipe = KINDS["DiffusionGemma"].pipeline()
+    pipe.processor.padding_side = "right"
+    prompts = ["positive", "negative so very long and"]
+    options = dict(num_inference_steps=3, tau=1.0)
+    together = pipe.edit(
+        pipe.invert(TEXTS, prompts, generator=seeded(), **options), prompts[::-1], lambda1=0.0, generator=seeded()
+    ).texts
+    for row in range(2):
+        trace = pipe.invert(TEXTS[row], prompts[row], generator=seeded(1, row), **options)
+        assert pipe.edit(trace, prompts[1 - row], lambda1=0.0, generator=seeded(1, row)).texts == [together[row]]
+
+
+def test_a_callback_holds_for_the_canvases_that_follow():
+    pipe, seen = pipeline("DiffusionGemma"), []
+
+    def change(own, step, time, given):
+        seen.append(own._lambda1)
+        if step == 0:
+            own._lambda1 = 0.25
+        return {}
+
+    trace = inverted("DiffusionGemma")
+    pipe.edit(trace, "negative", lambda1=0.5, callback_on_step_end=change, generator=seeded())
+    assert seen == [0.5] + [0.25] * 9
 
 
 def test_gemma_wants_a_prompt():
