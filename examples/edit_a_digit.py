@@ -58,7 +58,7 @@ def parts_for(vqvae: VQModel, codes: int, seed: int = 0) -> dict[str, Any]:
     )
 
 
-def learn_codes(pictures: Tensor, steps: int = 300, seed: int = 0) -> VQModel:
+def learn_codes(pictures: Tensor, steps: int, seed: int = 0) -> VQModel:
     """A VQ model of pictures `(B, 3, H, W)` in [0, 1]; 2 x 2 pixels are a code."""
     torch.manual_seed(seed)
     sizes = dict(block_out_channels=(16, 32), latent_channels=8, norm_num_groups=8, num_vq_embeddings=CODES)
@@ -123,9 +123,9 @@ def grid(columns: list[list[Image.Image]], zoom: int = 4) -> Image.Image:
     return sheet
 
 
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int, code_steps: int) -> None:
     pictures, names = digits()
-    vqvae = learn_codes(pictures)
+    vqvae = learn_codes(pictures, code_steps)
     pipeline = DiceMaskedImagePipeline(**parts_for(vqvae, CODES), noise="random", guidance_scale=2.0)
     pipeline.set_progress_bar_config(disable=True)
     train, shown = (
@@ -165,6 +165,7 @@ def main(folder: Path, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("edited-digits"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2000, help="of the transformer")
+    parser.add_argument("--code-steps", type=int, default=300, help="of the VQ model")
     arguments = parser.parse_args()
-    main(arguments.folder, arguments.steps)
+    main(arguments.folder, arguments.steps, arguments.code_steps)

@@ -40,7 +40,7 @@ def test_a_review(tmp_path, monkeypatch, capsys):
 def test_a_digit(tmp_path, monkeypatch, capsys):
     """A short training: what is judged is that everything comes back and is shown, not how good the digits are."""
     path = EXAMPLES / "edit_a_digit.py"
-    monkeypatch.setattr(sys, "argv", [str(path), "--folder", str(tmp_path), "--steps", "60"])
+    monkeypatch.setattr(sys, "argv", [str(path), "--folder", str(tmp_path), "--steps", "20", "--code-steps", "20"])
     runpy.run_path(str(path), run_name="__main__")
     assert "three to eight" in capsys.readouterr().out
     with Image.open(tmp_path / "digits.png") as sheet:

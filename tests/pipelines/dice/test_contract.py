@@ -331,6 +331,14 @@ def test_group_offload(name):
 
 
 @some_kinds
+def test_device_map(name, tmp_path):
+    KINDS[name].pipeline().save_pretrained(tmp_path)
+    pipe = KINDS[name].cls.from_pretrained(tmp_path, device_map="balanced")
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(sequences(name, inverted(name, pipe), pipe), sequences(name, inverted(name)))
+
+
+@some_kinds
 def test_compiled_models(name):
     pipe = KINDS[name].pipeline()
     part = "model" if KINDS[name].is_text else "transformer"
