@@ -126,7 +126,7 @@ def grid(columns: list[list[Image.Image]], zoom: int = 4) -> Image.Image:
 def main(folder: Path, steps: int, code_steps: int) -> None:
     pictures, names = digits()
     vqvae = learn_codes(pictures, code_steps)
-    pipeline = DiceMaskedImagePipeline(**parts_for(vqvae, CODES), noise="random", guidance_scale=2.0)
+    pipeline = DiceMaskedImagePipeline(**parts_for(vqvae, CODES), noise="random", tau=0.9, guidance_scale=2.0)
     pipeline.set_progress_bar_config(disable=True)
     train, shown = (
         slice(0, 1500),

@@ -44,7 +44,7 @@ def edit_distance(found: Sequence[str], source: Sequence[str]) -> float:
     Raises:
         ImportError: nltk is not installed.
     """
-    distance = optional_import("nltk", "unlearning").edit_distance
+    distance = optional_import("nltk", "diffusers").edit_distance
     pairs = [(a.split(), b.split()) for a, b in zip(found, source, strict=True)]
     return sum(distance(a, b) / max(len(a), len(b), 1) for a, b in pairs) / len(pairs)
 

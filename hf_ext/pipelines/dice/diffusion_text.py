@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ext.pipelines.dice.editing import Condition
 from hf_ext.pipelines.dice.text import TextEditing
-from hf_ext.pipelines.dice.trace import NOISES, one_of
 
 
 class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
@@ -40,13 +39,7 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
         noise: str = "mask",
     ) -> None:
         super().__init__()
-        one_of("noise", noise, NOISES)
-        if noise == "mask" and tokenizer.mask_token_id is None:
-            raise ValueError(
-                "noise='mask', and the tokenizer has no mask token; set tokenizer.mask_token, or take noise='random'."
-            )
-        self.register_modules(model=model, tokenizer=tokenizer)
-        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
+        self._set_up(model, tokenizer, tau, lambda1, noise)
 
     def _prepare(self) -> None:
         """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext._modes import evaluating
+from hf_ext.pipelines.dice.arguments import Strength, common_rows, row_generators, strength
 from hf_ext.pipelines.dice.noise import Generators, lengths_of, uniform_rows
 from hf_ext.pipelines.dice.publishing import Published
 from hf_ext.pipelines.dice.reference import guided, gumbel, injected, residual, scheduled
@@ -24,7 +25,6 @@ LAMBDA_SCHEDULES = ("constant", "linear", "exp")
 
 T = TypeVar("T", bound=DiceTrace)
 Condition = dict[str, Tensor]
-Strength = float | Sequence[float] | Tensor
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 # Numbers of a block of positions, whose noise and sum are made at once: 16 MiB per row each.
@@ -214,14 +214,19 @@ class DiceEditing(Published):
         self._lambda1 = strength("lambda1", lambda1, count)
         self._lambda2 = None if lambda2 is None else strength("lambda2", lambda2, count)
         given = {"target_prompt": prompts, "lambda1": self._lambda1, "lambda2": self._lambda2}
-        generator = as_list(generator)
-        rows = common_rows(trace, given, generator)
+        rows = common_rows(trace.rows, given)
         if lambda2 is None and (torch.as_tensor(self._lambda1) > 1).any():
             raise ValueError(
                 f"lambda1={lambda1} is above 1, so that lambda2 = 1 - lambda1 is negative; give lambda2, too."
             )
         how = Replay(
-            rows, lambda_schedule, injection, generator, callback_on_step_end, tuple(wanted), return_trajectory
+            rows,
+            lambda_schedule,
+            injection,
+            row_generators(generator, rows),
+            callback_on_step_end,
+            tuple(wanted),
+            return_trajectory,
         )
         return self._finished(trace, prompts, how, output_type, return_dict)
 
@@ -356,63 +361,3 @@ def expanded(condition: Condition, rows: int) -> Condition:
     return {
         name: each if len(each) == rows else each.expand(rows, *each.shape[1:]) for name, each in condition.items()
     }
-
-
-def strength(name: str, value: Strength, count: int) -> float | Tensor:
-    """A number, or a tensor `(B, 1, 1)` or `(B, N, 1)`.
-
-    Raises:
-        ValueError: it is negative, not finite, or has another shape.
-    """
-    found = torch.as_tensor(value, dtype=torch.float32)
-    if not (found.isfinite() & (found >= 0)).all():
-        raise ValueError(f"{name}={value} must be finite and not negative.")
-    if found.ndim == 0:
-        return float(found)
-    if found.ndim > 2 or (found.ndim == 2 and found.shape[1] != count):
-        raise ValueError(
-            f"{name} has the shape {tuple(found.shape)}; give a number, one for each row, or (B, {count})."
-        )
-    return found.reshape(len(found), -1, 1)
-
-
-def common_rows(trace: DiceTrace, given: dict[str, Any], generator: Generators) -> int:
-    """How many rows there are: those of the trace, or, if it has one, those of any other argument.
-
-    Raises:
-        ValueError: the numbers of rows do not match.
-    """
-    counts = {name: len(value) for name, value in given.items() if isinstance(value, list | Tensor)}
-    rows = trace.rows if trace.rows > 1 else max([1, *counts.values()])
-    for name, count in counts.items():
-        if count not in (1, rows):
-            raise ValueError(f"{name} has {count} rows and there are {rows} in all; give 1 or {rows}.")
-    check_generators(generator, rows)
-    return rows
-
-
-def as_list(generator: Any) -> Generators:
-    """Generators of rows as a list."""
-    return list(generator) if isinstance(generator, tuple) else generator
-
-
-def check_generators(generator: Generators, rows: int) -> None:
-    if isinstance(generator, list) and len(generator) != rows:
-        raise ValueError(f"generator has {len(generator)} entries and there are {rows} rows; give one for each.")
-
-
-def per_row(name: str, value: str | Sequence[str | None] | None, rows: int, needed: bool = False) -> list[Any]:
-    """One value for each row.
-
-    Args:
-        needed: whether None is refused.
-
-    Raises:
-        ValueError: there are neither one nor `rows` of them, or some are None.
-    """
-    given = [value] if value is None or isinstance(value, str) else list(value)
-    if not given or len(given) not in (1, rows):
-        raise ValueError(f"{name} has {len(given)} entries and there are {rows} rows; give 1 or {rows}.")
-    if None in given and (needed or set(given) != {None}):
-        raise ValueError(f"{name}={value!r}: give a prompt for every row, '' for an empty one.")
-    return given * (rows // len(given))

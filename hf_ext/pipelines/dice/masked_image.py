@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from hf_ext._modes import evaluating
-from hf_ext.pipelines.dice.editing import Condition, as_list, check_generators, per_row
+from hf_ext.pipelines.dice.arguments import per_row, row_generators
+from hf_ext.pipelines.dice.editing import Condition
 from hf_ext.pipelines.dice.noise import Generators, uniform_rows
 from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.trace import NOISES, DiceSettings, DiceTrace, MaskedTrace, one_of
@@ -107,8 +108,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         codes = self.codes(image)
         rows, height, width = codes.shape
         prompts = per_row("source_prompt", source_prompt, rows, needed=True)
-        generator = as_list(generator)
-        check_generators(generator, rows)
+        generator = row_generators(generator, rows)
         tokens = codes.flatten(1)
         uniforms, choices = uniform_rows([height * width] * rows, height * width, 2, generator, tokens.device).unbind(
             -1
@@ -142,14 +142,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         return (choices_BN * self.vqvae.config.num_vq_embeddings).long()
 
     def _condition(self, prompts: list[str], micro: list[int]) -> Condition:
-        ids = self.tokenizer(
-            prompts,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-        ).input_ids
-        found = self.text_encoder(ids.to(self._execution_device), return_dict=True, output_hidden_states=True)
+        found = self.text_encoder(self._token_ids(prompts), return_dict=True, output_hidden_states=True)
         states = found.hidden_states[-2]
         sizes = torch.tensor(micro, dtype=states.dtype, device=states.device).expand(len(prompts), -1)
         return {"encoder_hidden_states": states, "pooled_text_emb": found.text_embeds, "micro_conds": sizes}

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ext.pipelines.dice.editing import Condition
 from hf_ext.pipelines.dice.text import TextEditing
-from hf_ext.pipelines.dice.trace import NOISES, one_of
 
 
 class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
@@ -37,15 +36,11 @@ class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
         noise: str = "random",
     ) -> None:
         super().__init__()
-        one_of("noise", noise, NOISES)
-        if noise == "mask" and tokenizer.mask_token_id is None:
-            raise ValueError("noise='mask', and the tokenizer has no mask token; take noise='random', or set one.")
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} is slow and cannot say where the text begins; load it with use_fast=True."
             )
-        self.register_modules(model=model, tokenizer=tokenizer)
-        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
+        self._set_up(model, tokenizer, tau, lambda1, noise)
 
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
         pairs = (texts,) if prompts[0] is None else (prompts, texts)

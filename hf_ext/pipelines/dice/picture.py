@@ -51,6 +51,17 @@ class PictureEditing(DiceEditing):
         scale = 2 ** (len(self.vqvae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=scale, do_normalize=self._symmetric)
 
+    def _token_ids(self, prompts: list[str]) -> Tensor:
+        """Prompts as CLIP's text encoders were trained on them, `(B, length)`."""
+        found = self.tokenizer(
+            prompts,
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+        )
+        return found.input_ids.to(self._execution_device)
+
     @contextlib.contextmanager
     def _decoder(self) -> Iterator[Any]:
         """The VQ model, in float32 if it cannot do with less."""

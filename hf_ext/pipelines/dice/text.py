@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hf_ext._modes import evaluating
-from hf_ext.pipelines.dice.editing import Condition, DiceEditing, as_list, check_generators, per_row
+from hf_ext.pipelines.dice.arguments import per_row, row_generators
+from hf_ext.pipelines.dice.editing import Condition, DiceEditing
 from hf_ext.pipelines.dice.noise import Generators, lengths_of, uniform_rows
-from hf_ext.pipelines.dice.trace import DiceSettings, DiceTrace, MaskedTrace
+from hf_ext.pipelines.dice.trace import NOISES, DiceSettings, DiceTrace, MaskedTrace, one_of
 
 # The least that a logit is taken for: finite, so that differences are.
 LOWEST = -1e4
@@ -41,8 +42,22 @@ class TextEditing(DiceEditing):
 
     _output_types: ClassVar[tuple[str, ...]] = ("text", "seq")
     _guidable: ClassVar[bool] = True
+    _prepared_for: tuple[Any, int] | None = None
     tokenizer: Any
     model: Any
+
+    def _set_up(self, model: Any, tokenizer: Any, tau: float, lambda1: float, noise: str) -> None:
+        """
+        Raises:
+            ValueError: noise is neither kind, or a mask that the tokenizer does not have.
+        """
+        one_of("noise", noise, NOISES)
+        if noise == "mask" and tokenizer.mask_token_id is None:
+            raise ValueError(
+                "noise='mask', and the tokenizer has no mask token; set tokenizer.mask_token, or take noise='random'."
+            )
+        self.register_modules(model=model, tokenizer=tokenizer)
+        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
 
     def _denoiser(self) -> nn.Module:
         return self.model
@@ -118,9 +133,11 @@ class TextEditing(DiceEditing):
         return set(self.tokenizer.all_special_ids) | {number for number, token in added if token.special}
 
     def _prepare(self) -> None:
-        ordinary = sorted(set(self.tokenizer.get_vocab().values()) - self._special_ids())
-        # Tokens that may stand in a text.
-        self._ordinary = torch.tensor(ordinary, device=self._execution_device)
+        if self._prepared_for != (self.tokenizer, len(self.tokenizer)):
+            self._prepared_for = (self.tokenizer, len(self.tokenizer))
+            # Tokens that may stand in a text.
+            self._ordinary = torch.tensor(sorted(set(self.tokenizer.get_vocab().values()) - self._special_ids()))
+        self._ordinary = self._ordinary.to(self._execution_device)
 
     def _usable(self, logits: Tensor) -> Tensor:
         """Finite logits, in float32 or wider.
@@ -183,8 +200,7 @@ class TextEditing(DiceEditing):
             raise ValueError("text is empty; give at least one.")
         prompts = per_row("source_prompt", source_prompt, len(texts))
         negatives = per_row("negative_prompt", negative_prompt, len(texts), needed=True)
-        generator = as_list(generator)
-        check_generators(generator, len(texts))
+        generator = row_generators(generator, len(texts))
         device = self._execution_device
         with evaluating(self.model):
             self._prepare()

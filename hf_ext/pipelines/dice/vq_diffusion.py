@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hf_ext._modes import evaluating
-from hf_ext.pipelines.dice.editing import Condition, as_list, check_generators, expanded, per_row
+from hf_ext.pipelines.dice.arguments import per_row, row_generators
+from hf_ext.pipelines.dice.editing import Condition, expanded
 from hf_ext.pipelines.dice.noise import Generators, uniform_rows
 from hf_ext.pipelines.dice.picture import PictureEditing
 from hf_ext.pipelines.dice.reference import LEAST, Kernel, guided, gumbel, log_noised, truncated
@@ -120,8 +121,7 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
             expected = self.transformer.height, self.transformer.width
             raise ValueError(f"image has {tuple(grid)} codes and the model paints {expected}; resize the picture.")
         prompts = per_row("source_prompt", source_prompt, rows, needed=True)
-        generator = as_list(generator)
-        check_generators(generator, rows)
+        generator = row_generators(generator, rows)
         tokens = codes.flatten(1)
         states = [self._state(tokens, time, generator) for time in range(settings.num_inference_steps)]
         trace = MultinomialTrace(
@@ -158,14 +158,7 @@ class DiceVQDiffusionPipeline(PictureEditing, DiffusionPipeline):
         return (log_BNV + gumbel(uniform_rows([count] * rows, count, values, generator, log_BNV.device))).argmax(-1)
 
     def _condition(self, prompts: list[str]) -> Condition:
-        ids = self.tokenizer(
-            prompts,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-        ).input_ids
-        states = self.text_encoder(ids.to(self._execution_device))[0]
+        states = self.text_encoder(self._token_ids(prompts))[0]
         return {"encoder_hidden_states": states / states.norm(dim=-1, keepdim=True)}
 
     def _null(self, prompt: str | Sequence[str] | None, rows: int) -> Condition:

@@ -454,7 +454,7 @@ def test_arguments_of_edit_are_checked(name):
         ({"truncation_rate": 0.0}, r"truncation_rate=0.0 must be in \(0, 1\]"),
         ({"generator": seeded(3)}, "generator has 3 entries and there are 2 rows"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_arguments_of_invert_are_checked(name, options, match):
     """Each pipeline takes what it can use, and nothing else."""

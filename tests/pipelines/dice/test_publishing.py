@@ -22,7 +22,7 @@ def test_against_hub():
     run_against_hub(HERE / "hub_checks.py", timeout=500)
 
 
-@pytest.mark.parametrize("cls", {kind.cls for kind in KINDS.values()}, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", dict.fromkeys(kind.cls for kind in KINDS.values()), ids=lambda cls: cls.__name__)
 def test_one_file_has_all_it_needs(cls):
     source = standalone_source(cls.__module__)
     modules = {
