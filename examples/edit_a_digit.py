@@ -3,7 +3,7 @@
     python examples/edit_a_digit.py [--folder edited-digits]
 
 A small VQ model learns to write scikit-learn's digits with 32 codes, and a small aMUSEd model (`UVit2DModel`) learns to put such codes together, told which digit it is. Then each digit is inverted under its own name and
-edited to another one. `digits.png` shows them: as they are, as they come back, edited at several strengths, and painted anew. Five minutes on a CPU, without a network.
+edited to another one. `digits.png` shows them: as they are, as they come back, edited at several strengths, and painted anew. Some minutes on a CPU, without a network.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def _collect(module: str, parts: dict[str, str], outside: dict[str, None]) -> No
     source = Path(spec.origin).read_text(encoding="utf-8")
     lines, kept = source.splitlines(), []
     for node in ast.parse(source).body:
-        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+        decorators = node.decorator_list if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+        first = min([node.lineno, *(each.lineno for each in decorators)])
         if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not _is_ours(node)):
             if not (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
                 outside[ast.unparse(node)] = None
@@ -60,8 +61,14 @@ def _check_names(parts: dict[str, str]) -> None:
     owners: dict[str, str] = {}
     for module, source in parts.items():
         for node in ast.parse(source).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node]
-            for target in targets:
-                name = getattr(target, "name", None) or getattr(target, "id", None)
-                if name and owners.setdefault(name, module) != module:
+            for name in _names(node):
+                if owners.setdefault(name, module) != module:
                     raise ValueError(f"{name} is in {owners[name]} and in {module}; give one of them another name.")
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement of a module defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]

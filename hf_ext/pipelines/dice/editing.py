@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from hf_ext._modes import evaluating
@@ -80,6 +81,7 @@ class DiceEditing(Published):
         raise NotImplementedError
 
     def _output(self, trace: DiceTrace, tokens_BN: Tensor, steps_SBN: Tensor | None, kind: str) -> Any:
+        """What the user gets: tokens `(B, N)`, those of each step if they were asked for, in the form `kind`."""
         raise NotImplementedError
 
     def _allowed(self, summed_BNV: Tensor) -> Tensor:
@@ -203,7 +205,9 @@ class DiceEditing(Published):
         """
         one_of("lambda_schedule", lambda_schedule, LAMBDA_SCHEDULES)
         one_of("injection", injection, INJECTIONS)
-        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ["tokens"]
+        wanted = callback_on_step_end_tensor_inputs or ["tokens"]
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            wanted = callback_on_step_end.tensor_inputs
         for name in wanted:
             one_of("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         several = not (target_prompt is None or isinstance(target_prompt, str))
@@ -260,9 +264,8 @@ class DiceEditing(Published):
         trace.check(self._about())
         device = self._execution_device
         trace = trace.to(device, self._dtype())
-        for name in ("_lambda1", "_lambda2"):
-            if isinstance(value := getattr(self, name), Tensor):
-                setattr(self, name, value.to(device))
+        self._lambda1 = on_device(self._lambda1, device)
+        self._lambda2 = None if self._lambda2 is None else on_device(self._lambda2, device)
         with evaluating(self._denoiser()):
             self._prepare()
             if prompts is None:
@@ -345,6 +348,10 @@ class DiceEditing(Published):
             summed = injected(scaled, z, noise, lambda1, lambda2, how.injection)
             found.append(self._allowed(summed).argmax(-1))
         return torch.cat(found, 1), torch.cat(kept, 1) if kept else None
+
+
+def on_device(value: float | Tensor, device: torch.device) -> float | Tensor:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def part_of(value: float | Tensor, at: slice) -> float | Tensor:

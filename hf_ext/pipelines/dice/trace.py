@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,7 +123,7 @@ class DiceSettings:
 
 
 @dataclass
-class DiceTrace:
+class DiceTrace(ABC):
     """An inversion: B rows of N tokens. Positions that are not editable, such as padding, keep their tokens.
 
     Attributes:
@@ -150,33 +151,33 @@ class DiceTrace:
     # -- the trajectory
 
     @property
+    @abstractmethod
     def states(self) -> list[State]:
         """From the least noise to the most."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self, number: int) -> Tensor:
         """Tokens of a state, `(B, N)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def noised(self, tokens_BN: Tensor, number: int) -> Tensor:
         """Predicted tokens with the noise of a state."""
-        raise NotImplementedError
 
     def changed(self, number: int) -> Tensor:
         """Positions that the step from a state predicts, `(B, N)`."""
         return self.editable
 
+    @abstractmethod
     def needs_logits(self) -> bool:
         """Whether the anchor asks for the model's logits for the tokens without noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def anchor(self, number: int, plain_BNV: Tensor, positions: slice) -> Tensor:
         """The anchor of a state at some positions, `(B, n, V)`.
 
         Args:
             plain_BNV: logits for the tokens without noise, at these positions; of a trace that does not need them, any tensor of their shape.
         """
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
 from hf_ext.pipelines.dice import (
@@ -94,3 +95,13 @@ def inverted(name: str, pipe: Any = None, sources: Any = None, generator: Any = 
     sources = kind.sources() if sources is None else sources
     generator = seeded(len(sources)) if generator is None else generator
     return pipe.invert(sources, kind.prompts[0], generator=generator, **{**kind.inversion, **options})
+
+
+def sequences(name: str, trace: Any, pipe: Any = None, **options: Any) -> torch.Tensor:
+    """Tokens of an edit under the other prompt."""
+    pipe = pipeline(name) if pipe is None else pipe
+    options = {"generator": seeded(trace.rows, 5), "output_type": "seq", **options}
+    return pipe.edit(trace, options.pop("target_prompt", KINDS[name].prompts[1]), **options).sequences
+
+
+every_kind = pytest.mark.parametrize("name", KINDS)
