@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.trainers.distributed import run_two_processes
+from tests.tuners.adapted import adapted, trainable
 from tests.tuners.contract import TUNERS
 from tests.tuners.families import FAMILIES
-from tests.tuners.test_contract import adapted, trainable
 
 
 def rows_of(family: str) -> dict[str, torch.Tensor]:
