@@ -8,6 +8,7 @@ plain data: it imports nothing, so reading it costs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -387,6 +388,49 @@ DICE = Method(
 )
 
 METHODS: tuple[Method, ...] = (ROSELORA, OVERTONE, SQUAT, FLAT, ADAPTIVE_SVD, ROSERAG, NEAT, BAFT, TFB, LORVP, DICE)
+
+
+class Paper(NamedTuple):
+    """Where a loss was published: arXiv id, title and, if there is one, the BibTeX entry."""
+
+    id: str
+    title: str
+    citation: str | None = None
+
+
+class Loss(NamedTuple):
+    """A loss of `UnlearnTrainer`: its name as the authors write it, and what a model card refers to."""
+
+    name: str
+    paper: Paper
+
+
+_TOFU = Paper("2401.06121", "TOFU: A Task of Fictitious Unlearning for LLMs")
+_UNDIAL = "UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models"
+
+UNLEARNING_LOSSES: dict[str, Loss] = {
+    "flat": Loss(FLAT.name, Paper(FLAT.arxiv, FLAT.paper_title, FLAT.citation)),
+    "gradient_ascent": Loss("gradient ascent", _TOFU),
+    "gradient_difference": Loss("gradient difference", _TOFU),
+    "npo": Loss(
+        "NPO",
+        Paper("2404.05868", "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning"),
+    ),
+    "simnpo": Loss(
+        "SimNPO",
+        Paper("2410.07163", "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning"),
+    ),
+    "idk_dpo": Loss("DPO with refusals", _TOFU),
+    "wga": Loss(
+        "WGA", Paper("2502.19301", "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond")
+    ),
+    "satimp": Loss("SatImp", Paper("2505.11953", "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning")),
+    "undial": Loss("UNDIAL", Paper("2402.10052", _UNDIAL)),
+    "ceu": Loss("CE-U", Paper("2503.01224", "CE-U: Cross Entropy Unlearning")),
+    "rmu": Loss(
+        "RMU", Paper("2403.03218", "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning")
+    ),
+}
 
 
 def method(slug: str) -> Method:

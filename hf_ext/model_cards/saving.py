@@ -27,7 +27,7 @@ from hf_ext.model_cards.collect import (
 from hf_ext.model_cards.loading import HERE
 from hf_ext.model_cards.markers import BEGIN, END, is_ours, merge
 from hf_ext.model_cards.validate import validate
-from hf_ext.trainers.flat.merging import merged_copy
+from hf_ext.tuners.merging import merged_copy
 
 # What models, adapters, tokenizers and cards consist of.
 _WRITTEN = {".md", ".json", ".safetensors", ".txt", ".jinja", ".model"}

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_ext.metrics.unlearning import ATTACKS, UnlearningReport
-from hf_ext.registry import FLAT, Method
-from hf_ext.trainers.flat.methods import METHODS as LOSSES
+from hf_ext.registry import FLAT, UNLEARNING_LOSSES, Method
 
 TAG = "unlearning"
 # Switching the adapter off needs no measurement: the card says what it does.
@@ -46,11 +45,11 @@ def unlearning_methods(tags: Sequence[str]) -> tuple[Method, ...]:
     """The losses that `UnlearnTrainer` put on the model as tags, as entries of a card; FLAT is in the registry."""
     if TAG not in tags:
         return ()
-    return tuple(_entry(tag) for tag in tags if tag in LOSSES and tag != FLAT.slug)
+    return tuple(_entry(tag) for tag in tags if tag in UNLEARNING_LOSSES and tag != FLAT.slug)
 
 
 def _entry(loss: str) -> Method:
-    name, paper = LOSSES[loss].name, LOSSES[loss].paper
+    name, paper = UNLEARNING_LOSSES[loss].name, UNLEARNING_LOSSES[loss].paper
     return Method(
         slug=loss,
         name=name,

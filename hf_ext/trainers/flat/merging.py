@@ -1,17 +1,13 @@
-"""A plain checkpoint from a model with an adapter: what cannot be merged, the merge in a copy, and its way to the disk."""
+"""A plain checkpoint from a model with an adapter: what cannot be merged, and its way to the disk."""
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel, PromptLearningConfig
-from torch import equal
-from torch.nn import Parameter
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -50,42 +46,6 @@ def check_mergeable(model: PreTrainedModel | PeftModel, path: Path, sharded: boo
         )
     if isinstance(model.active_peft_config, PromptLearningConfig):
         raise ValueError("prompt learning adds no weights that could be merged: publish the adapter with save_model.")
-
-
-def merged_copy(model: PeftModel) -> PreTrainedModel:
-    """A copy of the model with its active adapters in the weights.
-
-    An output layer that shares its weight with the input embeddings becomes one of its own if the adapter changed one
-    of the two, as `tie_word_embeddings` of the copy's config then says.
-    """
-    model = copy.deepcopy(model)
-    base = base_of(model)
-    configs = (base.config, base.config.get_text_config())
-    declared, tied = [config.tie_word_embeddings for config in configs], _untie(base)
-    with warnings.catch_warnings():
-        # PEFT takes the copy of `_untie` for the user's wish and says in every case that the weights are no longer tied.
-        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-        merged = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
-    if tied:
-        embedding, head = cast(Any, merged.get_input_embeddings()), cast(Any, merged.get_output_embeddings())
-        same = equal(embedding.weight, head.weight)
-        if same:
-            head.weight = embedding.weight
-        for config, before in zip(configs, declared, strict=True):
-            config.tie_word_embeddings = before and same
-    return merged
-
-
-def _untie(base: PreTrainedModel) -> bool:
-    """Give the output layer a copy of each weight that it shares with the input embeddings; False if it shares none."""
-    shared = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
-    found = False
-    for module in base.get_output_embeddings().modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in shared:
-                setattr(module, name, Parameter(parameter.detach().clone(), parameter.requires_grad))
-                found = True
-    return found
 
 
 def write_checkpoint(model: PreTrainedModel, processing_class: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hf_ext.registry import FLAT
+from hf_ext.registry import UNLEARNING_LOSSES, Paper
 from hf_ext.trainers.flat import baselines
 from hf_ext.trainers.flat.loss import answer_lengths, answer_probability, flat_loss, padded_probability
 
@@ -60,14 +60,6 @@ class Batch(NamedTuple):
     head: Any = None
     ref_head: Any = None
     control: Any = None
-
-
-class Paper(NamedTuple):
-    """Where a method was published: arXiv id, title and, if there is one, the BibTeX entry."""
-
-    id: str
-    title: str
-    citation: str | None = None
 
 
 class Method(NamedTuple):
@@ -208,33 +200,22 @@ def retain_term(batch: Batch, kind: str) -> Tensor:
     )
 
 
-_FLAT = Paper(FLAT.arxiv, FLAT.paper_title, FLAT.citation)
-_TOFU = Paper("2401.06121", "TOFU: A Task of Fictitious Unlearning for LLMs")
-_NPO = Paper("2404.05868", "Negative Preference Optimization: From Catastrophic Collapse to Effective Unlearning")
-_SIMNPO = Paper("2410.07163", "Simplicity Prevails: Rethinking Negative Preference Optimization for LLM Unlearning")
-_WGA = Paper("2502.19301", "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond")
-_SATIMP = Paper("2505.11953", "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning")
-_UNDIAL = Paper(
-    "2402.10052",
-    "UNDIAL: Self-Distillation with Adjusted Logits for Robust Unlearning in Large Language Models",
-)
-_CEU = Paper("2503.01224", "CE-U: Cross Entropy Unlearning")
-_RMU = Paper("2403.03218", "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning")
-
 METHODS: dict[str, Method] = {
-    "flat": Method("FLAT", _FLAT, _flat, template=True),
-    "gradient_ascent": Method("gradient ascent", _TOFU, _gradient_ascent),
-    "gradient_difference": Method("gradient difference", _TOFU, _gradient_ascent),
-    "npo": Method("NPO", _NPO, _npo, {"beta": 0.1}, reference="sums", positive=("beta",)),
-    "simnpo": Method("SimNPO", _SIMNPO, _simnpo, {"beta": 4.5, "delta": 0.0}, positive=("beta",)),
+    "flat": Method(*UNLEARNING_LOSSES["flat"], _flat, template=True),
+    "gradient_ascent": Method(*UNLEARNING_LOSSES["gradient_ascent"], _gradient_ascent),
+    "gradient_difference": Method(*UNLEARNING_LOSSES["gradient_difference"], _gradient_ascent),
+    "npo": Method(*UNLEARNING_LOSSES["npo"], _npo, {"beta": 0.1}, reference="sums", positive=("beta",)),
+    "simnpo": Method(*UNLEARNING_LOSSES["simnpo"], _simnpo, {"beta": 4.5, "delta": 0.0}, positive=("beta",)),
     "idk_dpo": Method(
-        "DPO with refusals", _TOFU, _idk_dpo, {"beta": 0.1}, template=True, reference="sums", positive=("beta",)
+        *UNLEARNING_LOSSES["idk_dpo"], _idk_dpo, {"beta": 0.1}, template=True, reference="sums", positive=("beta",)
     ),
-    "wga": Method("WGA", _WGA, _wga, {"beta": 1.0}),
-    "satimp": Method("SatImp", _SATIMP, _satimp, {"beta1": 5.0, "beta2": 1.0}),
-    "undial": Method("UNDIAL", _UNDIAL, _undial, {"beta": 10.0}, hidden=True, reference="hidden"),
-    "ceu": Method("CE-U", _CEU, _ceu, {"ignore_first": 1}, hidden=True),
-    "rmu": Method("RMU", _RMU, _rmu, {"layer": 7, "coefficient": 2.0}, activations=True, positive=("coefficient",)),
+    "wga": Method(*UNLEARNING_LOSSES["wga"], _wga, {"beta": 1.0}),
+    "satimp": Method(*UNLEARNING_LOSSES["satimp"], _satimp, {"beta1": 5.0, "beta2": 1.0}),
+    "undial": Method(*UNLEARNING_LOSSES["undial"], _undial, {"beta": 10.0}, hidden=True, reference="hidden"),
+    "ceu": Method(*UNLEARNING_LOSSES["ceu"], _ceu, {"ignore_first": 1}, hidden=True),
+    "rmu": Method(
+        *UNLEARNING_LOSSES["rmu"], _rmu, {"layer": 7, "coefficient": 2.0}, activations=True, positive=("coefficient",)
+    ),
 }
 
 # (forget_coef, retain_coef) of a run with a retain dataset. FLAT's paper has no retain term; its 1.0 is ours.

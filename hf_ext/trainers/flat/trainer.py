@@ -18,7 +18,7 @@ from hf_ext.trainers.flat.baselines import control_vector
 from hf_ext.trainers.flat.config import FlatConfig, UnlearnConfig
 from hf_ext.trainers.flat.data import UnlearnCollator, load_templates, prepare_rows
 from hf_ext.trainers.flat.measures import measures
-from hf_ext.trainers.flat.merging import check_mergeable, merged_copy, write_checkpoint
+from hf_ext.trainers.flat.merging import check_mergeable, write_checkpoint
 from hf_ext.trainers.flat.methods import Batch, Rows, retain_term
 from hf_ext.trainers.flat.plans import plan_retain_rows, plan_rows
 from hf_ext.trainers.flat.reading import check_adapter_leaves_the_base, freeze_above, head_of
@@ -27,6 +27,7 @@ from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_template
 from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
 from hf_ext.trainers.references import NoReference
 from hf_ext.trainers.runs import default_folder
+from hf_ext.tuners.merging import merged_copy
 
 
 class _FollowEpoch(TrainerCallback):
