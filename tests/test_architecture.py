@@ -26,10 +26,10 @@ ARROWS = {
     "kernels": set(),
     "tuners": {"kernels", "_compat"},
     "cache": {"kernels", "_compat"},
-    "trainers": {"tuners", "pipelines", "metrics", "_compat", "_lazy", "_modes", "registry"},
+    "trainers": {"tuners", "pipelines", "metrics", "model_cards", "_compat", "_lazy", "_modes", "registry"},
     "pipelines": {"tuners", "cache", "metrics", "_compat", "_lazy", "_modes", "registry"},
     "metrics": {"_compat", "_lazy", "_modes"},
-    "model_cards": {"tuners", "trainers", "metrics", "_compat", "registry"},
+    "model_cards": {"tuners", "cache", "metrics", "_compat", "_lazy", "_modes", "registry"},
     "demo": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "_compat", "registry"},
     "cli": {
         "tuners",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_ext._lazy import optional_import
+from hf_ext.metrics.statistics import short
 
 _TITLES = {
     "accuracy": "accuracy, %",
@@ -211,6 +212,17 @@ class CalibrationReport:
         values = torch.tensor(drawn, dtype=torch.float64)
         low, high = (values.nanquantile(q, 0).tolist() for q in ((1 - level) / 2, (1 + level) / 2))
         return dict(zip(self.metrics, zip(low, high, strict=True), strict=True))
+
+    @property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """Rows behind each metric, and its interval; for model cards."""
+        rows = len(self.labels)
+        return {name: {"n": rows, "ci95": short(bounds)} for name, bounds in self.intervals().items()}
+
+    @property
+    def uncertainty_note(self) -> str:
+        """For model cards."""
+        return "Intervals are 95 % percentile intervals over rows, from 500 draws with replacement."
 
     def risk_interval(self, level: float = 0.95, resamples: int = 500) -> tuple[Tensor, Tensor]:
         """Percentile interval of [`risk_coverage`] at every coverage: two of `(N,)`."""

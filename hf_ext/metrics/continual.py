@@ -249,6 +249,15 @@ class ContinualReport:
         named = {name.replace("_", " "): value for name, value in self.matrix.metrics().items()}
         return {name: value for name, value in [*scores, *named.items()] if value is not None}
 
+    @property
+    def arguments(self) -> dict[str, dict[str, int]]:
+        """Evaluation rows behind each metric, where they are known; for model cards."""
+        sizes = self.matrix.sizes
+        if sizes is None:
+            return {}
+        of_tasks = dict(zip(self.datasets, sizes, strict=False))
+        return {name: {"n": of_tasks.get(name, sum(sizes))} for name in self.metrics}
+
     def table(self) -> str:
         """Matrix, metrics, and how to read them, in markdown."""
         rows = [f"| {name} | {value:.1f} |" for name, value in self.metrics.items() if name not in self.datasets]

@@ -40,6 +40,11 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def short(interval: Sequence[float]) -> list[float]:
+    """Bounds with four significant digits, for the metadata of model cards."""
+    return [float(f"{bound:.4g}") for bound in interval]
+
+
 def paired_permutation_test(first: Sequence[float], second: Sequence[float], *, permutations: int = 10000) -> float:
     """Two-sided p-value that two methods differ in mean on the same rows, by flipping the signs of the differences.
 

@@ -25,6 +25,7 @@ class BaseModel:
         digest: sha256 over the safetensors files, for a local checkpoint without a Hub id.
         license: the licence keys of its model card, if that lies in the local cache or folder.
         vocab_size: from its saved config, if that lies in the local cache or folder.
+        folder: where its files lie on this machine, if they do; never told to anybody.
     """
 
     id: str | None = None
@@ -32,6 +33,11 @@ class BaseModel:
     digest: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     vocab_size: int | None = None
+    folder: Path | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.folder is not None and (self.folder / "tokenizer_config.json").is_file()
 
 
 def identify(name: str | None, revision: str | None = None, explicit: str | None = None) -> BaseModel:
@@ -52,12 +58,12 @@ def identify(name: str | None, revision: str | None = None, explicit: str | None
         repo_id = explicit or (name if name and _is_hub_id(name) else None)
         commit = _cached_commit(repo_id, revision) if repo_id else None
         found = _cached_folder(repo_id, commit) if repo_id and commit else None
-        return BaseModel(repo_id, commit, None, _license(found), _vocab_size(found))
+        return BaseModel(repo_id, commit, None, _license(found), _vocab_size(found), found)
     snapshot = _SNAPSHOT.search(str(folder.absolute()))
     repo_id, commit = (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (_named_in_config(folder), None)
     repo_id = explicit or repo_id
     digest = None if repo_id else _digest(folder)
-    return BaseModel(repo_id, commit, digest, _license(folder), _vocab_size(folder))
+    return BaseModel(repo_id, commit, digest, _license(folder), _vocab_size(folder), folder)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -106,13 +112,16 @@ def _license(folder: Path | None) -> dict[str, str]:
 
 def _digest(folder: Path) -> str | None:
     """One file: its sha256, as `sha256sum` prints it. Several: sha256 over their names and digests."""
-    digests = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        running = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                running.update(block)
-        digests[file.name] = running.hexdigest()
+    digests = {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))}
     if len(digests) <= 1:
         return next(iter(digests.values()), None)
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """sha256, as `sha256sum` prints it."""
+    running = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            running.update(block)
+    return running.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,10 +14,15 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ext.model_cards.collect import Facts, collect
+from hf_ext.model_cards.cost import Cost, EmissionsData, read_cost
 from hf_ext.model_cards.loading import own_peft_method, snippet
 from hf_ext.model_cards.markers import BEGIN, END
-from hf_ext.model_cards.results import MetricsReport, Results, read_results
+from hf_ext.model_cards.results import DatasetName, MetricsReport, Results, read_results
+from hf_ext.model_cards.running import NOT_RUN
+from hf_ext.model_cards.sections import UNSTATED
 from hf_ext.model_cards.unlearning import TAG, read_unlearning
+
+_NO_TRAINING = "The card was made from the model alone, which does not know how it was trained."
 
 
 def build_card(
@@ -28,10 +35,17 @@ def build_card(
     language: str | list[str] | None = None,
     metrics: Mapping[str, float] | MetricsReport | None = None,
     evaluated_on: str | None = None,
+    cost: Cost | EmissionsData | str | os.PathLike[str] | None = None,
     intended_use: str | None = None,
-    limitations: str | list[str] | None = None,
+    out_of_scope: str | None = None,
+    factors: str | None = None,
+    ethics: str | None = None,
+    caveats: str | list[str] | None = None,
+    developers: str | None = None,
+    contact: str | None = None,
     title: str | None = None,
     extra_sections: Mapping[str, str] | None = None,
+    template: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
     merged: bool = False,
 ) -> ModelCard:
@@ -45,16 +59,23 @@ def build_card(
             a folder that does not name its origin.
         license: licence id of the Hub, e.g. `"apache-2.0"`. The base model's licence, if its card lies in the local
             cache or folder, otherwise left out. For `"other"` set `card.data["license_name"]` and `["license_link"]`.
-        datasets: Hub ids of the training data. Found for a dataset loaded from the Hub.
+        datasets: Hub ids of the training data, `"you/facts"` or `"you/facts@revision"`. Found for a dataset loaded from the Hub.
         language: ISO 639 codes.
-        metrics: results as a flat dict, metric name (with its protocol) to number, or an evaluator's report. What
-            the trainer has measured, or its last evaluation, if absent.
-        evaluated_on: Hub id or name of the data `metrics` were measured on. Without it they stay out of the metadata,
-            where the Hub requires a dataset.
-        intended_use: what the model is for, and what it is not for.
-        limitations: known limits, added to those of the method.
+        metrics: results as a flat dict, metric name (with its protocol) to number, or an evaluator's report, such as
+            that of `disaggregate`, which has groups and intervals. What the trainer has measured, or its last evaluation, if absent.
+        evaluated_on: Hub id (`"you/probe@revision"`) or name of the data `metrics` were measured on. Without it they stay out of
+            the metadata, where the Hub requires a dataset.
+        cost: a `Cost`, CodeCarbon's data or its `emissions.csv`. What `CostCallback` or transformers' `CodeCarbonCallback`
+            measured, if absent.
+        intended_use: what the model is for.
+        out_of_scope: what it is not for.
+        factors: groups, instruments or environments for which results may differ.
+        ethics: sensitive data, risks and harms, and what was done about them.
+        caveats: known limits and recommendations, added to those of the method.
+        developers, contact: who made it, and where to ask.
         title: heading; made from method and base model if absent.
         extra_sections: more sections, heading to Markdown.
+        template: a Jinja template, as a path or as text, in the place of ours; it gets the same variables.
         repo_id: where the model will be published, for the code that loads it. `publish` sets it.
         merged: the card of the weights with the adapter merged into them, as `save` and `publish` write them with
             `merged=True`.
@@ -63,64 +84,156 @@ def build_card(
         ValueError: an argument cannot be used; the message names it.
     """
     facts = collect(model_or_trainer, method=method, base_model=base_model, merged=merged)
+    words: dict[str, Any] = {
+        "intended_use": _text(intended_use),
+        "out_of_scope": _text(out_of_scope),
+        "ethics": _text(ethics),
+        "caveats": _caveats(facts, caveats),
+        "contact": _text(contact),
+        "extra_sections": {heading: _text(text) for heading, text in (extra_sections or {}).items()},
+    }
     results = _results(facts, metrics, evaluated_on)
     unlearning = read_unlearning(facts.tags, facts.methods, metrics)
-    our_type = own_peft_method(facts)
     named = _datasets(facts, datasets)
-    title = title or _title(facts)
     license_data: dict[str, Any] = {"license": license} if license else dict(facts.base.license)
+    title = title or _title(facts)
+    spent = read_cost(cost) if cost is not None else facts.training.cost if facts.training else None
+    data = _metadata(facts, results, named, language, license_data, title, spent, unlearned=unlearning is not None)
+    return ModelCard.from_template(
+        data,
+        template_str=_template(template),
+        begin=BEGIN,
+        end=END,
+        unstated=UNSTATED,
+        title=title,
+        summary=_summary(facts),
+        details=_details(facts, license_data, _text(developers)),
+        methods=facts.methods,
+        no_method=_no_method(facts),
+        adapter=facts.adapter,
+        merged=facts.merged,
+        snippet=snippet(facts, repo_id),
+        snippet_note=" ".join([*_export_note(facts), NOT_RUN]),
+        datasets=[dataset.words for dataset in named],
+        training=facts.training,
+        no_training=_NO_TRAINING,
+        results=results,
+        testing_data=_testing_data(facts, results, given=metrics is not None),
+        factors=_factors(results, _text(factors)),
+        metrics_note=_metrics_note(results),
+        unlearning=unlearning,
+        cost=_cost(facts, spent),
+        versions=facts.versions,
+        **words,
+    )
+
+
+def _metadata(
+    facts: Facts,
+    results: Results | None,
+    datasets: list[DatasetName],
+    language: str | list[str] | None,
+    license_data: dict[str, Any],
+    title: str,
+    cost: Cost | None,
+    unlearned: bool,
+) -> ModelCardData:
     eval_results = results.eval_results(facts.pipeline_tag or "other") if results else []
-    data = ModelCardData(
+    emissions = cost.metadata(facts.training.hardware if facts.training else None) if cost else None
+    more = {**license_data, **({"co2_eq_emissions": emissions} if emissions else {})}
+    return ModelCardData(
         base_model=facts.base.id,
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag=facts.pipeline_tag,
         language=language,
-        datasets=named or None,
-        tags=_card_tags(facts, unlearned=unlearning is not None),
+        datasets=[dataset.id for dataset in datasets] or None,
+        tags=_card_tags(facts, unlearned),
         model_name=title if eval_results else None,
         eval_results=eval_results or None,
-        **license_data,
+        **more,
     )
-    template = (files("hf_ext.model_cards") / "templates" / "card.md.j2").read_text(encoding="utf-8")
-    return ModelCard.from_template(
-        data,
-        template_str=template,
-        begin=BEGIN,
-        end=END,
-        title=title,
-        summary=_summary(facts),
-        details=_details(facts, license_data),
-        methods=facts.methods,
-        adapter=facts.adapter,
-        intended_use=_text(intended_use),
-        snippet=snippet(facts, repo_id),
-        lora_export=our_type.lora_export if our_type else None,
-        datasets=named,
-        training=facts.training,
-        runtime=_duration(facts.training.runtime) if facts.training and facts.training.runtime else None,
-        results=results,
-        eval_rows=facts.training.eval_rows if facts.training and metrics is None else None,
-        unlearning=unlearning,
-        merged=facts.merged,
-        limitations=[limitations] if isinstance(limitations, str) else list(limitations or ()),
-        extra_sections={heading: _text(text) for heading, text in (extra_sections or {}).items()},
-        versions=facts.versions,
-    )
+
+
+def _template(given: str | os.PathLike[str] | None) -> str:
+    if given is None:
+        return (files("hf_ext.model_cards") / "templates" / "card.md.j2").read_text(encoding="utf-8")
+    if isinstance(given, str) and "\n" in given:
+        return given
+    if not Path(given).is_file():
+        raise ValueError(f"template={str(given)!r} is neither a file nor the text of a template.")
+    return Path(given).read_text(encoding="utf-8")
 
 
 def _results(facts: Facts, metrics: Any, evaluated_on: str | None) -> Results | None:
-    if metrics is None and facts.training and facts.training.report:
-        metrics = facts.training.report
-    if metrics is None and facts.training and facts.training.evaluation:
-        metrics = {name.removeprefix("eval_"): value for name, value in facts.training.evaluation.items()}
-        evaluated_on = evaluated_on or facts.training.eval_dataset
-    return read_results(metrics, evaluated_on)
+    dataset = DatasetName.parse(evaluated_on) if evaluated_on else None
+    training = facts.training
+    if metrics is None and training and training.report:
+        metrics = training.report
+    if metrics is None and training and training.evaluation:
+        measured = {name.removeprefix("eval_"): value for name, value in training.evaluation.items()}
+        return read_results(measured, dataset or training.eval_dataset, training.eval_rows)
+    return read_results(metrics, dataset)
 
 
-def _datasets(facts: Facts, named: str | list[str] | None) -> list[str]:
+def _datasets(facts: Facts, named: str | list[str] | None) -> list[DatasetName]:
     if named is not None:
-        return [named] if isinstance(named, str) else list(named)
+        return [DatasetName.parse(name) for name in ([named] if isinstance(named, str) else named)]
     return [facts.training.train_dataset] if facts.training and facts.training.train_dataset else []
+
+
+def _testing_data(facts: Facts, results: Results | None, given: bool) -> str:
+    names = list(dict.fromkeys(results.datasets.values())) if results else []
+    named = results.dataset.words if results and results.dataset else ", ".join(names)
+    rows = facts.training.eval_rows if facts.training and not given else None
+    return (named or UNSTATED["evaluation_data"]) + (f" Rows: {rows:,}." if rows is not None else "")
+
+
+def _factors(results: Results | None, words: str | None) -> str:
+    groups = results.factors if results else {}
+    told = [
+        f"- {factor}: " + ", ".join(f"{name} ({rows:,})" for name, rows in found.items())
+        for factor, found in groups.items()
+    ]
+    if told:
+        words = "\n\n".join(filter(None, [words, "Results are broken down by these, with the rows of every group:"]))
+        return "\n".join([words, "", *told])
+    return words or UNSTATED["factors"]
+
+
+def _metrics_note(results: Results | None) -> str:
+    if results is None:
+        return UNSTATED["metrics"]
+    names = ", ".join(dict.fromkeys(name.split(" (")[0] for name in results.values))
+    if results.uncertainty is None:
+        return f"{names}. No uncertainty was estimated beyond what the results show."
+    return f"{names}. {results.uncertainty}"
+
+
+def _caveats(facts: Facts, given: str | list[str] | None) -> list[str]:
+    own = [f"{method.name}: {limit}" for method in facts.methods for limit in method.limits]
+    return own + ([given] if isinstance(given, str) else list(given or ()))
+
+
+def _no_method(facts: Facts) -> str:
+    if facts.adapter:
+        return f"The adapter type `{facts.adapter.peft_type}` is PEFT's own; no other method was involved."
+    return "No method of `hf_ext` was involved."
+
+
+def _export_note(facts: Facts) -> list[str]:
+    ours = own_peft_method(facts)
+    if ours is None or ours.lora_export is None:
+        return []
+    return [f"`{ours.lora_export}` writes a LoRA adapter with the same outputs, which loads without `hf_ext`."]
+
+
+def _cost(facts: Facts, cost: Cost | None) -> str:
+    told = []
+    if facts.training:
+        told.append(f"Hardware: {facts.training.hardware}.")
+        if facts.training.runtime:
+            told.append(f"Training time: {_duration(facts.training.runtime)}.")
+    return " ".join([*told, *(cost or Cost()).sentences])
 
 
 def _card_tags(facts: Facts, unlearned: bool) -> list[str]:
@@ -157,14 +270,15 @@ def _summary(facts: Facts) -> str:
     )
 
 
-def _details(facts: Facts, license_data: dict[str, Any]) -> dict[str, str]:
+def _details(facts: Facts, license_data: dict[str, Any], developers: str | None) -> dict[str, str]:
     """Rows of the first table."""
     base = f"[{facts.base.id}](https://huggingface.co/{facts.base.id})" if facts.base.id else "local checkpoint"
     if facts.base.commit:
         base += f" at commit `{facts.base.commit}`"
     if facts.base.id is None:
         base += f", sha256 `{facts.base.digest}`" if facts.base.digest else ", not identified"
-    rows = {"Base model": base, "Architecture": f"`{facts.architecture}`"}
+    rows = {"Developed by": developers} if developers else {}
+    rows |= {"Base model": base, "Architecture": f"`{facts.architecture}`"}
     if facts.quantization:
         rows["Base model loaded as"] = facts.quantization
     if facts.adapter:

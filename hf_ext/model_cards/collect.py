@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_ext._compat import has_injected_adapters
 from hf_ext.model_cards.base_model import BaseModel, identify
@@ -70,6 +70,7 @@ class Facts:
         adapter: what is published, if that is an adapter.
         merged: the adapter whose update lies in the published weights.
         trained_classes: number of classes of a classifier that is saved with the adapter; the base has to be loaded with as many.
+        tokenizer: where it lies: `"here"`, beside the weights, `"base"`, beside those of the base model, or nowhere that is known.
     """
 
     base: BaseModel
@@ -84,6 +85,7 @@ class Facts:
     training: TrainingFacts | None
     versions: dict[str, str]
     trained_classes: int | None
+    tokenizer: str | None
 
     @property
     def pipeline_tag(self) -> str | None:
@@ -117,8 +119,9 @@ def collect(
         check_mergeable(model)
     adapter = _adapter(model, config) if config else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    base = _base(core, config, base_model)
     return Facts(
-        base=_base(core, config, base_model),
+        base=base,
         architecture=type(core).__name__,
         task_type=_task_type(core, config),
         methods=_methods(method, trainer, core, config),
@@ -130,7 +133,20 @@ def collect(
         training=training_facts(trainer) if trainer else None,
         versions=_versions(trainer is not None),
         trained_classes=_trained_classes(core, config),
+        tokenizer=_tokenizer(trainer, base, published_whole=config is None or merged),
     )
+
+
+def _tokenizer(trainer: Trainer | None, base: BaseModel, published_whole: bool) -> str | None:
+    if trainer is not None and tokenizer_of(trainer) is not None:
+        return "here"
+    return "base" if base.has_tokenizer and not published_whole else None
+
+
+def tokenizer_of(model_or_trainer: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a trainer that has one."""
+    processing = model_or_trainer.processing_class if isinstance(model_or_trainer, Trainer) else None
+    return processing if isinstance(processing, PreTrainedTokenizerBase) else None
 
 
 def _trained_classes(core: Any, config: PeftConfig | None) -> int | None:

@@ -42,3 +42,31 @@ video-to-video other
 )
 
 BASE_MODEL_RELATIONS = frozenset({"adapter", "finetune", "merge", "quantized"})
+
+# ISO 639-1.
+LANGUAGES = frozenset(
+    _words(
+        """
+aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo
+es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg
+ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn
+no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss st su sv sw
+ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu
+"""
+    )
+)
+
+# The libraries that most models name; the Hub takes any other word as well, but counts no downloads for it.
+LIBRARIES = frozenset(
+    _words(
+        """
+adapter-transformers allennlp asteroid bertopic bm25s cartesia_pytorch chronos-forecasting colpali cosmos
+depth-anything-v2 diffusers diffusionkit espnet fairseq fastai fasttext flair gliner gguf hunyuan3d-2 keras keras-hub
+kernels lerobot litert-lm llama.cpp luxtts mamba-ssm mlx mlx-image mlx-lm mlx-vlm model2vec nemo onnx open_clip
+openvino paddlenlp paddleocr peft perception-encoder pyannote-audio pylate pyterrier pythae pytorch rag relik
+sam2 sample-factory saelens sentence-transformers setfit sklearn spacy speechbrain stable-baselines3 stanza
+swarmformer tensorflowtts terratorch tf-keras timesfm timm transformers transformers.js trl ultralytics
+unity-sentis vllm voicecraft whisperkit yolov10
+"""
+    )
+)

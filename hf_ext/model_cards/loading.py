@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_ext.model_cards.base_model import BaseModel
 from hf_ext.model_cards.collect import Facts
 from hf_ext.registry import METHODS, Method
 
@@ -19,29 +30,87 @@ _AUTO_CLASSES = {
 
 
 def snippet(facts: Facts, repo_id: str | None) -> str:
-    """Python that loads the model.
+    """Python that loads the model, and lets it write where that is what it does.
 
     Args:
         repo_id: where it is published; the snippet loads the current folder when absent.
     """
     name = HERE if repo_id is None else f'"{repo_id}"'
     auto_class = _AUTO_CLASSES.get(facts.task_type or "", "AutoModel")
+    writes = facts.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and facts.tokenizer is not None
+    classes = f"{auto_class}, AutoTokenizer" if writes else auto_class
+    lines = [f"from transformers import {classes}", "", f"name = {name}"]
+    base, loaded = _base(facts, auto_class)
     if facts.adapter is None:
-        return f"from transformers import {auto_class}\n\nname = {name}\nmodel = {auto_class}.from_pretrained(name)"
-    lines = ["from peft import PeftModel", f"from transformers import {auto_class}"]
-    if own_peft_method(facts):
-        lines.insert(0, f"import hf_ext  # makes the PEFT type {facts.adapter.peft_type} known")
+        lines.append(f"model = {auto_class}.from_pretrained(name)")
+    else:
+        lines[:0] = ["from peft import PeftModel"]
+        if own_peft_method(facts):
+            lines[:0] = [f"import hf_ext  # makes the PEFT type {facts.adapter.peft_type} known"]
+        if facts.base.id is None:
+            lines.append('base_folder = "base"  # the folder of the base model described under "Model details"')
+        lines += [f"base = {loaded}", "model = PeftModel.from_pretrained(base, name)"]
+    if writes:
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained({'name' if facts.tokenizer == 'here' else base})",
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "output = model.generate(**inputs, max_new_tokens=20, do_sample=False)",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    else:
+        lines.append('print(f"{model.num_parameters():,} parameters")')
+    return "\n".join(lines)
+
+
+def _base(facts: Facts, auto_class: str) -> tuple[str, str]:
+    """The arguments that name the base model, and the call that loads it."""
     revision = f', revision="{facts.base.commit}"' if facts.base.commit else ""
     base = f'"{facts.base.id}"{revision}' if facts.base.id else "base_folder"
     # The classifier of the base may have another size; the adapter brings its own.
     classes = f", num_labels={facts.trained_classes}, ignore_mismatched_sizes=True" if facts.trained_classes else ""
-    lines += ["", f"name = {name}", f"base = {auto_class}.from_pretrained({base}{classes})"]
-    if facts.base.id is None:
-        lines.insert(-2, 'base_folder = "base"  # the folder of the base model described under "Model details"')
-    return "\n".join([*lines, "model = PeftModel.from_pretrained(base, name)"])
+    return base, f"{auto_class}.from_pretrained({base}{classes})"
+
+
+def local_names(base: BaseModel, base_id: str | None, repo_id: str | None) -> dict[str, str]:
+    """What the names in the snippet stand for on this machine, where that is not the local cache.
+
+    Args:
+        base_id: how the card calls the base model.
+        repo_id: where the model will be published; its files are in the current folder so far.
+    """
+    names = {repo_id: "."} if repo_id else {}
+    if base.folder is not None and base.commit is None:
+        names[base_id or "base"] = str(base.folder.absolute())
+    return names
 
 
 def own_peft_method(facts: Facts) -> Method | None:
     """The method of this package that defines the adapter's PEFT type; `None` for PEFT's own types."""
     peft_type = facts.adapter.peft_type if facts.adapter else None
     return next((method for method in METHODS if peft_type is not None and method.peft_type == peft_type), None)
+
+
+def load(
+    folder: Path, recorded: Mapping[str, Any], dtype: torch.dtype, base_model: str | nn.Module | None
+) -> nn.Module:
+    """The model of a saved folder, by its own library; code that comes with it is not run.
+
+    Args:
+        recorded: `class` and `num_labels` of the model, from the manifest.
+        dtype: of the weights.
+        base_model: of an adapter: a folder, a Hub id or a loaded model; what `adapter_config.json` names if absent.
+
+    Raises:
+        ValueError: the base model of an adapter is not known, or transformers has no such class.
+    """
+    cls = getattr(transformers, recorded["class"], None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {recorded['class']!r}; upgrade it")
+    labels = {"num_labels": recorded["num_labels"], "ignore_mismatched_sizes": True} if recorded["num_labels"] else {}
+    if not (folder / "adapter_config.json").is_file():
+        return cls.from_pretrained(folder, dtype=dtype)
+    named = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if named is None:
+        raise ValueError("the adapter does not name its base model; pass base_model=")
+    base = named if isinstance(named, nn.Module) else cls.from_pretrained(named, dtype=dtype, **labels)
+    return PeftModel.from_pretrained(base, str(folder))

@@ -1,4 +1,4 @@
-"""Rules for the metadata block: each yields (rule, message) for what the Hub would reject or misread."""
+"""Rules for the metadata block: each yields (rule, message), errors for what the Hub rejects or misreads, warnings for what a reader misses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_ext.model_cards.hub_lists import BASE_MODEL_RELATIONS, LICENSES, PIPELINE_TAGS
+from hf_ext.model_cards.hub_lists import BASE_MODEL_RELATIONS, LANGUAGES, LIBRARIES, LICENSES, PIPELINE_TAGS
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
@@ -30,6 +30,52 @@ def metadata_errors(data: dict[str, Any]) -> Findings:
             yield from _result(f"model-index result {number}", result)
 
 
+def metadata_warnings(data: dict[str, Any]) -> Findings:
+    if not data.get("license"):
+        yield "no-license", "without `license` nobody may rely on using the model; pass license="
+    library = data.get("library_name")
+    if library is not None and library not in LIBRARIES:
+        yield "library", f"library_name {library!r} is none that the Hub knows; nobody finds the model by it"
+    tags = data.get("tags")
+    if library == "peft" and not data.get("base_model"):
+        yield "no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model="
+    if library == "peft" and isinstance(tags, list) and "unlearning" in tags:
+        yield (
+            "unlearned-adapter",
+            "whoever switches the adapter off has what was forgotten; publish the merged weights with merged=True",
+        )
+    emissions = data.get("co2_eq_emissions")
+    grams = emissions.get("emissions") if isinstance(emissions, dict) else emissions
+    region = emissions.get("geographical_location") if isinstance(emissions, dict) else None
+    if isinstance(grams, int | float) and 0 < grams < math.inf and not region:
+        yield "emissions-region", "emissions depend on where the electricity comes from; state geographical_location"
+    yield from _uncertain_results(data)
+
+
+def _uncertain_results(data: dict[str, Any]) -> Findings:
+    unsure, loose = [], []
+    for entry in _as_list(data.get("model-index")):
+        for result in (entry.get("results") or []) if isinstance(entry, dict) else []:
+            if not isinstance(result, dict):
+                continue
+            dataset = result.get("dataset")
+            if isinstance(dataset, dict) and _is_repo_id(dataset.get("type")) and "/" in dataset["type"]:
+                loose += [] if dataset.get("revision") else [dataset["type"]]
+            for metric in _as_list(result.get("metrics")):
+                arguments = metric.get("args") if isinstance(metric, dict) else None
+                if not (
+                    isinstance(arguments, dict) and ("n" in arguments or any(k.startswith("ci") for k in arguments))
+                ):
+                    unsure.append(str(metric.get("name") or metric.get("type")) if isinstance(metric, dict) else "?")
+    if unsure:
+        yield "no-interval", f"{', '.join(dict.fromkeys(unsure))}: neither the rows nor an interval are given"
+    if loose:
+        yield (
+            "dataset-revision",
+            f"{', '.join(dict.fromkeys(loose))}: without a revision nobody knows which data were measured; pass evaluated_on='id@revision'",
+        )
+
+
 def _as_list(value: Any) -> list:
     if value is None:
         return []
@@ -46,6 +92,9 @@ def _license(data: dict[str, Any]) -> Findings:
         for key in ("license_name", "license_link"):
             if not data.get(key):
                 yield "license-other", f"`license: other` needs `{key}`"
+        link = data.get("license_link")
+        if link and not (link in ("LICENSE", "LICENSE.md") or re.fullmatch(r"https?://\S+", str(link))):
+            yield "license-link", f"license_link {link!r} must be a URL, 'LICENSE' or 'LICENSE.md'"
 
 
 def _ids(data: dict[str, Any]) -> Findings:
@@ -73,8 +122,7 @@ def _closed_lists(data: dict[str, Any]) -> Findings:
     if tag is not None and tag not in PIPELINE_TAGS:
         yield "pipeline-tag", f"pipeline_tag {tag!r} is not a task of the Hub"
     for language in _as_list(data.get("language")):
-        known = language in ("code", "multilingual")
-        if not known and not (isinstance(language, str) and _LANGUAGE.fullmatch(language)):
+        if not _is_language(language):
             yield (
                 "language",
                 f"language {language!r} is not an ISO 639 code; YAML reads a bare `no` as false: quote it",
@@ -82,6 +130,16 @@ def _closed_lists(data: dict[str, Any]) -> Findings:
     tags = data.get("tags")
     if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
         yield "tags", f"tags must be a list of strings, not {tags!r}"
+
+
+def _is_language(value: Any) -> bool:
+    """Two letters from ISO 639-1, or the form of a code with three; with or without a region or script."""
+    if value in ("code", "multilingual"):
+        return True
+    if not isinstance(value, str) or not _LANGUAGE.fullmatch(value):
+        return False
+    code = value.split("-")[0]
+    return len(code) == 3 or code in LANGUAGES
 
 
 def _emissions(data: dict[str, Any]) -> Findings:

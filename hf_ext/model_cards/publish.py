@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ext.model_cards.markers import merge
-from hf_ext.model_cards.saving import accept, finished_card, write_model
+from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
 
 _REMEDIES = {
     401: "the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN",
@@ -49,6 +49,9 @@ def publish(
     merged: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
+    run_snippet: bool = True,
+    probe: bool | Sequence[str] = True,
+    benchmarks: Mapping[str, str] | None = None,
     **card_arguments: Any,
 ) -> CommitInfo:
     """Save the model, write its card, and upload both in one commit. Publishing the same thing again commits nothing.
@@ -64,13 +67,16 @@ def publish(
         private: visibility of a repository that is created here.
         create_pr: open a pull request instead of committing.
         merged: publish plain weights with the adapter merged into them, see `save`.
+        run_snippet: run the code of the card against what is about to be uploaded, in a process of its own and without a network, and
+            publish only if it runs. The base model is taken from the local cache or from the folder it was loaded from.
+        probe, benchmarks: as for `save`.
         card_arguments: arguments of `build_card`, such as `base_model=`, `license=`, `metrics=`, `datasets=`.
 
     Returns:
         The commit, or the latest one if nothing had changed.
 
     Raises:
-        ValueError: an argument is wrong or the card breaks a rule; nothing was sent.
+        ValueError: an argument is wrong, the card breaks a rule or its code fails (`SnippetError`); nothing was sent.
         PublishError: the Hub refused or could not be reached. Model files and card arrive together or not at all.
     """
     try:
@@ -88,14 +94,24 @@ def publish(
             "HF_TOKEN or pass token=."
         )
     card = finished_card(model_or_trainer, card, merged, {**card_arguments, "repo_id": repo_id})
-    accept(card)
+    refuse_errors(card)
     with tempfile.TemporaryDirectory(prefix="hf_ext_publish_") as scratch:
         folder = Path(scratch)
-        write_model(model_or_trainer, folder, card, merged)
+        card = write_package(
+            model_or_trainer,
+            folder,
+            card,
+            merged=merged,
+            repo_id=repo_id,
+            run_code=run_snippet,
+            probe=probe,
+            benchmarks=benchmarks,
+        )
         with _explained(api, repo_id, "preparing the repository", None):
             head = _prepare_repo(api, repo_id, None if create_pr else revision, private)
             united = _united_with_remote(api, repo_id, head, card)
-        accept(united)
+        refuse_errors(united)
+        tell_warnings(united, repo_id)
         united.save(folder / "README.md")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         # `upload_folder` may split a push into several commits; this is one, and only on top of the card united above.

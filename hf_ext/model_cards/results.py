@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import EvalResult
 
@@ -47,6 +47,58 @@ class ManyDatasets(Protocol):
     def datasets(self) -> Mapping[str, str]: ...
 
 
+@runtime_checkable
+class Certain(Protocol):
+    """A report that knows how sure its numbers are: metric name to arguments for the model index, such as `n` and `ci95`."""
+
+    @property
+    def arguments(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """A report that says in sentences how uncertainty was estimated."""
+
+    @property
+    def uncertainty_note(self) -> str: ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A report that is broken down by factors: name to groups and their sizes."""
+
+    @property
+    def factors(self) -> Mapping[str, Mapping[str, int]]: ...
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """A data set as cards name it: a Hub id, or any name, and what of it was used."""
+
+    id: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetName:
+        """`"you/probe"`, or `"you/probe@revision"`."""
+        name, _, revision = text.partition("@")
+        return cls(name, revision=revision) if REPO_ID.fullmatch(name) and revision else cls(text)
+
+    @property
+    def on_hub(self) -> bool:
+        return bool(REPO_ID.fullmatch(self.id))
+
+    @property
+    def words(self) -> str:
+        """For the text of a card."""
+        name = f"[{self.id}](https://huggingface.co/datasets/{self.id})" if self.on_hub else self.id
+        parts = (("configuration", self.config), ("split", self.split), ("revision", self.revision))
+        told = ", ".join(f"{word} `{value}`" for word, value in parts if value)
+        return f"{name} ({told})" if told else name
+
+
 @dataclass(frozen=True)
 class Results:
     """Results of one evaluation.
@@ -54,34 +106,55 @@ class Results:
     Attributes:
         values: metric name, with the protocol it was measured by, to value.
         table: Markdown table.
-        dataset: what it was measured on: a Hub id or a name; `None` if nobody said.
+        dataset: what it was measured on; `None` if nobody said.
         datasets: the same of single metrics.
+        arguments: of single metrics, for the model index: rows, intervals, groups.
+        uncertainty: how it was estimated; `None` if the report does not say.
+        factors: what the results are broken down by, with the groups and their sizes.
     """
 
     values: dict[str, float]
     table: str
-    dataset: str | None
+    dataset: DatasetName | None
     datasets: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    uncertainty: str | None = None
+    factors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def eval_results(self, task_type: str) -> list[EvalResult]:
-        """Entries for the model index: finite values only, and only if the data has a name, as the Hub demands."""
-        named = ((name, value, self.datasets.get(name, self.dataset)) for name, value in self.values.items())
-        return [
-            EvalResult(
-                task_type=task_type,
-                dataset_type=dataset if REPO_ID.fullmatch(dataset) else _slug(dataset),
-                dataset_name=dataset,
-                metric_type=_slug(name),
-                metric_name=name,
-                metric_value=value,
+        """Entries for the model index: finite values only, and only if the data has a name, as the Hub demands.
+
+        The Hub keeps the arguments of one data set for all its metrics, so groups are in the name and the arguments of the metric.
+        """
+        entries = []
+        for name, value in self.values.items():
+            dataset = DatasetName(self.datasets[name]) if name in self.datasets else self.dataset
+            if dataset is None or not math.isfinite(value):
+                continue
+            entries.append(
+                EvalResult(
+                    task_type=task_type,
+                    dataset_type=dataset.id if dataset.on_hub else _slug(dataset.id),
+                    dataset_name=dataset.id,
+                    dataset_config=dataset.config,
+                    dataset_split=dataset.split,
+                    dataset_revision=dataset.revision,
+                    metric_type=_slug(name),
+                    metric_name=name,
+                    metric_value=value,
+                    metric_args=dict(self.arguments[name]) if name in self.arguments else None,
+                )
             )
-            for name, value, dataset in named
-            if dataset is not None and math.isfinite(value)
-        ]
+        return entries
 
 
-def read_results(metrics: Mapping[str, float] | MetricsReport | None, dataset: str | None) -> Results | None:
+def read_results(
+    metrics: Mapping[str, float] | MetricsReport | None, dataset: DatasetName | None, rows: int | None = None
+) -> Results | None:
     """Results from a flat dict or a report.
+
+    Args:
+        rows: how many rows a flat dict was measured on, if that is known.
 
     Raises:
         ValueError: a value is not a number.
@@ -94,8 +167,18 @@ def read_results(metrics: Mapping[str, float] | MetricsReport | None, dataset: s
             raise ValueError(f"metrics[{name!r}]={value!r} is not a number; give a flat dict of name: number.")
     numbers = {name: float(value) for name, value in values.items()}
     table = _table(numbers) if isinstance(metrics, Mapping) else metrics.table()
-    datasets = metrics.datasets if isinstance(metrics, ManyDatasets) else {}
-    return Results(numbers, table.strip(), dataset, datasets) if numbers else None
+    if not numbers:
+        return None
+    arguments = metrics.arguments if isinstance(metrics, Certain) else {}
+    return Results(
+        numbers,
+        table.strip(),
+        dataset,
+        metrics.datasets if isinstance(metrics, ManyDatasets) else {},
+        arguments or ({name: {"n": rows} for name in numbers} if rows is not None else {}),
+        metrics.uncertainty_note if isinstance(metrics, Explained) else None,
+        metrics.factors if isinstance(metrics, Grouped) else {},
+    )
 
 
 def _table(values: dict[str, float]) -> str:

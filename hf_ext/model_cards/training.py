@@ -6,16 +6,19 @@ import dataclasses
 import enum
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_ext.model_cards.cost import Cost, measured_cost
 from hf_ext.model_cards.leaks import TOKEN, without_paths
-from hf_ext.model_cards.results import DataMaker, MetricsReport, Reporting
+from hf_ext.model_cards.results import DataMaker, DatasetName, MetricsReport, Reporting
 
 # The library's arguments that shape the model. The others say how a run is watched, stored and hosted, and one of them
 # holds an access token.
@@ -53,7 +56,9 @@ class TrainingFacts:
         evaluation: the last `eval_*` record.
         report: what the trainer itself has measured.
         data_notes: how the data were made.
+        sentences: what else is known of the run.
         runtime: seconds, if the run finished.
+        cost: what callbacks measured.
     """
 
     trainer: str
@@ -67,12 +72,14 @@ class TrainingFacts:
     evaluation: dict[str, float] = field(default_factory=dict)
     report: MetricsReport | None = None
     data_notes: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     runtime: float | None = None
+    cost: Cost | None = None
     hardware: str = ""
     train_rows: int | None = None
     eval_rows: int | None = None
-    train_dataset: str | None = None
-    eval_dataset: str | None = None
+    train_dataset: DatasetName | None = None
+    eval_dataset: DatasetName | None = None
 
 
 def training_facts(trainer: Trainer) -> TrainingFacts:
@@ -94,12 +101,14 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         evaluation={k: v for k, v in evaluation.items() if k.startswith("eval_") and not _is_cost(k)},
         report=trainer.report if isinstance(trainer, Reporting) else None,
         data_notes=tuple(map(as_text, trainer.data_notes)) if isinstance(trainer, DataMaker) else (),
+        sentences=tuple(_sentences(trainer, summary)),
         runtime=summary.get("train_runtime"),
+        cost=measured_cost(trainer),
         hardware=_hardware(args),
         train_rows=_rows(trainer.train_dataset),
         eval_rows=_rows(trainer.eval_dataset),
-        train_dataset=dataset_id(trainer.train_dataset),
-        eval_dataset=dataset_id(trainer.eval_dataset),
+        train_dataset=dataset_name(trainer.train_dataset),
+        eval_dataset=dataset_name(trainer.eval_dataset),
     )
 
 
@@ -136,16 +145,56 @@ def as_text(value: Any) -> str:
     return TOKEN.sub("(removed)", without_paths(" ".join(text.split())))
 
 
-def dataset_id(dataset: Any) -> str | None:
-    """`namespace/name` of a `datasets.Dataset` that was loaded from the Hub."""
+def dataset_name(dataset: Any) -> DatasetName | None:
+    """Id, configuration, split and revision of a `datasets.Dataset` that was loaded from the Hub."""
     # A Dataset can only be here if its library has been imported; importing it to find out would cost seconds.
     datasets = sys.modules.get("datasets")
     if datasets is None or not isinstance(dataset, datasets.Dataset):
         return None
     for address in dataset.info.download_checksums or {}:
         if address.startswith("hf://datasets/"):
-            return address.removeprefix("hf://datasets/").split("@")[0]
+            name, _, rest = address.removeprefix("hf://datasets/").partition("@")
+            config = dataset.info.config_name if dataset.info.config_name != "default" else None
+            split = str(dataset.split) if dataset.split is not None else None
+            return DatasetName(name, config, split, rest.split("/")[0] or None)
     return None
+
+
+def _sentences(trainer: Trainer, summary: Mapping[str, Any]) -> Iterator[str]:
+    state = trainer.state
+    counted = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+    tokens = int(state.num_input_tokens_seen or (counted[-1] if counted else 0))
+    if tokens:
+        yield f"Tokens seen: {tokens:,}."
+    if "train_samples_per_second" in summary:
+        yield f"Throughput: {summary['train_samples_per_second']:.3g} sequences per second."
+    if trainer.args.world_size > 1:
+        yield f"Processes: {trainer.args.world_size}."
+    if state.best_model_checkpoint:
+        name = Path(state.best_model_checkpoint).name
+        yield f"Best checkpoint: `{name}`, with {trainer.args.metric_for_best_model} {state.best_metric:.4g}."
+    if script := _script():
+        yield f"Started by {script}."
+
+
+def _script() -> str | None:
+    """The script that runs, with its commit, if git knows it."""
+    file = Path(vars(sys.modules["__main__"]).get("__file__") or "")
+    if not file.is_file():
+        return None
+    told = _git(file, "ls-files", "--error-unmatch", file.name), _git(file, "rev-parse", "HEAD")
+    if None in told:
+        return None
+    changed = " with uncommitted changes" if _git(file, "status", "--porcelain", "--", file.name) else ""
+    return f"`{told[0]}` at commit `{told[1]}`{changed}"
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=file.parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _is_cost(name: str) -> bool:

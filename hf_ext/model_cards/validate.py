@@ -1,24 +1,22 @@
-"""What the Hub would reject or misread (errors), and what a reader would miss (warnings). Needs no network."""
+"""What the Hub would reject or misread (errors), and what a reader would miss (warnings). Needs no network for a folder or a card."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, TOKEN
-from hf_ext.model_cards.metadata_rules import metadata_errors
-from hf_ext.registry import METHODS
-
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_PLACEHOLDER = re.compile(r"\[?more information needed\]?|\bTODO\b|\bTBD\b|\bFIXME\b", re.IGNORECASE)
-_LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}
+from hf_ext.model_cards.base_model import REPO_ID
+from hf_ext.model_cards.folder_rules import file_errors, file_warnings
+from hf_ext.model_cards.leaks import TOKEN
+from hf_ext.model_cards.metadata_rules import metadata_errors, metadata_warnings
+from hf_ext.model_cards.text_rules import text_warnings
 
 
 @dataclass(frozen=True)
@@ -44,39 +42,74 @@ class Report:
         return "\n".join(lines) or "no findings"
 
 
-def validate(card: ModelCard | str | Path) -> Report:
-    """Check a card, or a folder with its card and files.
+def validate(card: ModelCard | str | Path, *, repo_id: str | None = None) -> Report:
+    """Check a card, a folder with its card and files, or a repository on the Hub.
 
     Args:
-        card: a `ModelCard`, the text of a README.md, or a folder. A `str` that holds no line break is a folder's path.
+        card: a `ModelCard`, the text of a README.md, a folder, or a Hub id. A `str` without a line break is a folder if there is
+            one of that name, and otherwise a Hub id, of which the card and the names of files are read.
+        repo_id: where it is published or will be, so that code which loads something else is noticed.
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: neither a folder nor a Hub id.
     """
-    folder = None
     if isinstance(card, Path) or (isinstance(card, str) and "\n" not in card):
         folder = Path(card)
-        if not folder.is_dir():
-            raise ValueError(f"card={str(card)!r} is not a folder; give a folder, the text of a card or a ModelCard.")
+        if folder.is_dir():
+            return _of_folder(folder, repo_id)
+        if isinstance(card, Path) or not REPO_ID.fullmatch(card):
+            raise ValueError(
+                f"card={str(card)!r} is no folder; give a folder, a Hub id, the text of a card or a ModelCard."
+            )
+        return _of_repo(card)
     report = Report()
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if folder else []
-    report.warnings += _file_warnings(files)
-    if folder and "README.md" not in files:
+    _check(report, str(card), None, [], repo_id)
+    return report
+
+
+def _of_folder(folder: Path, repo_id: str | None) -> Report:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    report = Report()
+    report.errors += _findings(file_errors(folder, files))
+    if "README.md" not in files:
         report.errors.append(Finding("card-missing", f"{folder.name} has no README.md; write one with `build_card`"))
+        report.warnings += _findings(file_warnings(folder, files, {}, ""))
         return report
-    content = (folder / "README.md").read_text(encoding="utf-8-sig") if folder else str(card)
+    _check(report, (folder / "README.md").read_text(encoding="utf-8-sig"), folder, files, repo_id)
+    return report
+
+
+def _of_repo(repo_id: str) -> Report:
+    report, api = Report(), HfApi()
+    files = sorted(api.list_repo_files(repo_id))
+    try:
+        text = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8-sig")
+    except EntryNotFoundError:
+        report.errors.append(Finding("card-missing", f"{repo_id} has no README.md; write one with `build_card`"))
+        return report
+    _check(report, text, None, files, repo_id)
+    return report
+
+
+def _check(report: Report, content: str, folder: Path | None, files: list[str], repo_id: str | None) -> None:
     report.errors += [
-        Finding("token", f"the text contains the access token {t[:6]}…; revoke it") for t in TOKEN.findall(content)
+        Finding("token", f"the text contains the access token {found[:6]}…; revoke it")
+        for found in TOKEN.findall(content)
     ]
     data, problem = _metadata(content)
     if problem is not None:
         report.errors.append(problem)
-        return report
-    report.errors += [Finding(rule, message) for rule, message in metadata_errors(data)]
+        return
     block = REGEX_YAML_BLOCK.search(content)
     text = content[block.end() :] if block else content
-    report.warnings += [*_metadata_warnings(data, files), *_text_warnings(text, data)]
-    return report
+    report.errors += _findings(metadata_errors(data))
+    report.warnings += _findings(metadata_warnings(data))
+    report.warnings += _findings(file_warnings(folder, files, data, text))
+    report.warnings += _findings(text_warnings(text, data, repo_id))
+
+
+def _findings(found: Iterable[tuple[str, str]]) -> list[Finding]:
+    return [Finding(rule, message) for rule, message in found]
 
 
 def _metadata(content: str) -> tuple[dict[str, Any], Finding | None]:
@@ -90,46 +123,3 @@ def _metadata(content: str) -> tuple[dict[str, Any], Finding | None]:
     if not isinstance(data, dict):
         return {}, Finding("metadata-mapping", f"the metadata is a {type(data).__name__}; it must be key: value lines")
     return data, None
-
-
-def _file_warnings(files: list[str]) -> Iterator[Finding]:
-    for name in files:
-        if name.endswith(PICKLES):
-            yield Finding("pickle", f"{name} can run code when it is loaded; save weights as safetensors")
-
-
-def _metadata_warnings(data: dict[str, Any], files: list[str]) -> Iterator[Finding]:
-    if not data.get("license"):
-        yield Finding("no-license", "without `license` nobody may rely on using the model; pass license=")
-    if data.get("library_name") == "peft" and not data.get("base_model"):
-        yield Finding("no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model=")
-    if data.get("library_name") == "peft" and "unlearning" in (data.get("tags") or []):
-        yield Finding(
-            "unlearned-adapter",
-            "whoever switches the adapter off has what was forgotten; publish the merged weights with merged=True",
-        )
-    for name, library in _LIBRARY_FILES.items():
-        if name in files and data.get("library_name") != library:
-            found = data.get("library_name")
-            yield Finding("library-name", f"{name} is present, so library_name should be {library!r}, not {found!r}")
-
-
-def _text_warnings(text: str, data: dict[str, Any]) -> Iterator[Finding]:
-    prose = re.sub(r"```bibtex.*?```", "", text, flags=re.DOTALL)
-    for rule, pattern, advice in (
-        ("placeholder", _PLACEHOLDER, "write the fact, or say that it was not measured"),
-        ("local-path", LOCAL_PATH, "it exists on one machine only"),
-        ("email", EMAIL, "published addresses are harvested"),
-    ):
-        found = sorted({match[0] for match in pattern.finditer(prose)})
-        if found:
-            yield Finding(rule, f"the text contains {', '.join(map(repr, found))}: {advice}")
-    if "```python" not in text or "from_pretrained" not in text:
-        yield Finding("no-snippet", "no Python snippet shows how to load the model")
-    for method in METHODS:
-        if method.slug in (data.get("tags") or []) and method.arxiv not in text:
-            yield Finding(
-                "no-citation", f"the tag {method.slug!r} is set, but the paper {method.paper_url} is not cited"
-            )
-    if not re.search(r"^#+ .*(limitation|risk)", text, re.IGNORECASE | re.MULTILINE):
-        yield Finding("no-limitations", "no section tells the limits and risks")

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_ext.model_cards import build_card, check_adapter, save, saving, validate
+from hf_ext.model_cards import build_card, check_adapter, package, save, validate
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import BASE, lora_model, roselora_model
 
@@ -36,8 +36,9 @@ def test_round_trip(tmp_path, make):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "hf_ext_card.json",
     ]
-    assert str(validate(tmp_path / "adapter")) == "no findings"
+    assert validate(tmp_path / "adapter").errors == []
     check_adapter(tmp_path / "adapter", make_tiny_llama())
     loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "adapter").eval()
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
@@ -108,7 +109,7 @@ def test_failure_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
     def failing(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(saving, "_rewrite_adapter_config", failing)
+    monkeypatch.setattr(package, "_rewrite_adapter_config", failing)
     with pytest.raises(OSError, match="disk full"):
         save(lora_model(r=2), target)
     assert everything(target) == before
@@ -127,8 +128,8 @@ def test_killed_between_the_renames(tmp_path):
 def test_killed_while_writing(tmp_path):
     """SIGKILL after the weights were written and before the rename: the target does not exist, and can be made."""
     code = (
-        "import sys, time; from tests.model_cards.tiny import lora_model; from hf_ext.model_cards import save, saving;"
-        "saving._rewrite_adapter_config = lambda *a: (print('written', flush=True), time.sleep(60));"
+        "import sys, time; from tests.model_cards.tiny import lora_model; from hf_ext.model_cards import package, save;"
+        "package._rewrite_adapter_config = lambda *a: (print('written', flush=True), time.sleep(60));"
         "save(lora_model(), sys.argv[1])"
     )
     target = tmp_path / "adapter"
@@ -142,7 +143,7 @@ def test_killed_while_writing(tmp_path):
 
 
 def test_warnings_are_passed_on(tmp_path):
-    with pytest.warns(UserWarning, match="model card: no-license"):
+    with pytest.warns(UserWarning, match=r"model card:\n- no-license(.|\n)*snippet-not-run"):
         save(lora_model(), tmp_path / "adapter")
 
 

@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
-from hf_ext.model_cards import validate
+from hf_ext.model_cards import score, validate
+from hf_ext.model_cards.running import NOT_RUN
+from hf_ext.model_cards.sections import SECTIONS, UNSTATED
+from tests.conftest import make_tiny_llama
+from tests.model_cards.tiny import tiny_tokenizer
 
 GOOD_DATA = "base_model: user/base\nlibrary_name: peft\nlicense: mit\ntags: [hf_ext]\n"
-GOOD_TEXT = "# T\n\n```python\nX.from_pretrained(1)\n```\n\n## Limitations\n\nMany.\n"
+CODE = 'X.from_pretrained("user/base")\n'
+PARTS = {
+    "Model details": "A.",
+    "Intended use": "B.",
+    "Out-of-scope use": "C.",
+    "How to get started": f"```python\n{CODE}```",
+    "Training data": "D.",
+    "Testing data": "E.",
+    "Factors": "F.",
+    "Metrics": "G.",
+    "Results": "| a | 0.5 |",
+    "Ethical considerations": "H.",
+    "Caveats and recommendations": "Many.",
+}
+
+
+def text(**changed: str | None) -> str:
+    """The good text with other contents of some parts, named with underscores; `None` leaves one out."""
+    parts = {**PARTS, **{name.replace("_", " "): content for name, content in changed.items()}}
+    return "# T\n\n" + "".join(f"## {name}\n\n{body}\n\n" for name, body in parts.items() if body is not None)
+
+
+GOOD_TEXT = text()
 RESULT = "task: {type: a}\n    dataset: {type: b, name: c}\n    metrics: "
+METRIC = "[{type: m, name: a, value: 0.5, args: {n: 3}}]"
 
 
-def index(metrics: str = "[{type: m, value: 1}]", result: str = RESULT) -> str:
+def index(metrics: str = METRIC, result: str = RESULT) -> str:
     return f"model-index:\n- name: x\n  results:\n  - {result}{metrics}\n"
 
 
 ERRORS = {
     "license": "license: free",
     "license-other": "license: other\nlicense_name: x",
+    "license-link": "license: other\nlicense_name: x\nlicense_link: a file",
     "licence-key": "licence: mit",
     "base-model-id": "base_model: /home/someone/model",
     "datasets-id": "datasets: [null]",
@@ -28,40 +62,66 @@ ERRORS = {
     "language": "language: English",
     "tags": "tags: [1]",
     "emissions": "co2_eq_emissions: {emissions: much}",
-    "metric-value": index("[{type: m, value: .nan}]"),
-    "metric-twice": index("[{type: m, value: 1}, {type: m, value: 2}]"),
+    "metric-value": index("[{type: m, value: .nan, args: {n: 3}}]"),
+    "metric-twice": index("[{type: m, value: 1, args: {n: 3}}, {type: m, value: 2, args: {n: 3}}]"),
     "source-url": index(result="source: {name: board}\n    " + RESULT),
 }
 MORE_ERRORS = [
     ("license-other", "license: other\nlicense_link: LICENSE"),
     ("language", "language: no"),
+    ("language", "language: xx"),
     ("base-model-id", "base_model: [user/a, 'user//b']"),
     ("model-index", "model-index: text"),
     ("model-index", index(result="dataset: {type: b, name: c}\n    metrics: ")),
     ("model-index", index(result="task: {type: a}\n    dataset: {type: b}\n    metrics: ")),
-    ("model-index", index("[{value: 1}]")),
-    ("metric-value", index("[{type: m, value: [1]}]")),
+    ("model-index", index("[{value: 1, args: {n: 3}}]")),
+    ("metric-value", index("[{type: m, value: [1], args: {n: 3}}]")),
     ("emissions", "co2_eq_emissions: .inf"),
 ]
+SECTION_RULES = {
+    "section-model-details": "Model_details",
+    "section-intended-use": "Intended_use",
+    "section-factors": "Factors",
+    "section-metrics": "Metrics",
+    "section-evaluation-data": "Testing_data",
+    "section-training-data": "Training_data",
+    "section-quantitative-analyses": "Results",
+    "section-ethical-considerations": "Ethical_considerations",
+    "section-caveats-and-recommendations": "Caveats_and_recommendations",
+    "out-of-scope": "Out-of-scope_use",
+}
 WARNINGS = {
+    **{rule: text(**{name: None}) for rule, name in SECTION_RULES.items()},
     "no-license": GOOD_TEXT,
     "no-base-model": GOOD_TEXT,
+    "library": GOOD_TEXT,
+    "unlearned-adapter": GOOD_TEXT,
+    "emissions-region": GOOD_TEXT,
+    "no-interval": GOOD_TEXT,
+    "dataset-revision": GOOD_TEXT,
+    "metric-text": text(Results="| a | 0.6 |"),
     "placeholder": GOOD_TEXT + "[More Information Needed]",
     "local-path": GOOD_TEXT + "from /home/someone/model",
     "email": GOOD_TEXT + "someone@example.org",
-    "no-snippet": "# T\n\n## Limitations\n\nMany.\n",
-    "no-limitations": "# T\n\n```python\nX.from_pretrained(1)\n```\n",
+    "no-snippet": text(How_to_get_started=None),
+    "snippet-not-run": GOOD_TEXT + NOT_RUN,
     "no-citation": GOOD_TEXT,
 }
 WARNING_DATA = {
     "no-license": GOOD_DATA.replace("license: mit\n", ""),
     "no-base-model": GOOD_DATA.replace("base_model: user/base\n", ""),
+    "library": GOOD_DATA.replace("peft", "peaft"),
+    "unlearned-adapter": GOOD_DATA.replace("[hf_ext]", "[unlearning]"),
+    "emissions-region": GOOD_DATA + "co2_eq_emissions: {emissions: 3}\n",
+    "no-interval": GOOD_DATA + index("[{type: m, name: a, value: 0.5}]"),
+    "dataset-revision": GOOD_DATA + index(result=RESULT.replace("type: b", "type: user/d")),
+    "metric-text": GOOD_DATA + index(),
     "no-citation": GOOD_DATA.replace("[hf_ext]", "[hf_ext, roselora]"),
 }
 
 
-def card(data: str = GOOD_DATA, text: str = GOOD_TEXT) -> str:
-    return f"---\n{data}---\n{text}"
+def card(data: str = GOOD_DATA, body: str = GOOD_TEXT) -> str:
+    return f"---\n{data}---\n{body}"
 
 
 def replaced(line: str) -> str:
@@ -107,8 +167,42 @@ def test_warnings(rule):
 
 def test_a_token_is_an_error_and_is_not_repeated():
     token = "hf_" + "Ab1" * 11
-    report = validate(card(text=GOOD_TEXT + token))
+    report = validate(card(body=GOOD_TEXT + token))
     assert rules(report.errors) == ["token"] and token not in str(report)
+
+
+@pytest.mark.parametrize("name", SECTION_RULES.values())
+def test_a_placeholder_or_a_comment_fills_no_section(name):
+    """The Hub's template has these; each is named for the section, and once more as a placeholder where it is one."""
+    for body in ("[More Information Needed]", "<!-- Tell it. -->", "- **Who:**"):
+        (rule,) = [rule for rule, known in SECTION_RULES.items() if known == name]
+        found = rules(validate(card(body=text(**{name: body}))).warnings)
+        assert [entry for entry in found if entry != "placeholder"] == [rule]
+
+
+def test_what_nobody_stated_is_missing():
+    body = text(Factors=UNSTATED["factors"])
+    assert rules(validate(card(body=body)).warnings) == ["section-factors"]
+    assert score(card(body=body)) == {section.name: True for section in SECTIONS}
+    assert not any(score(card(body="# T\n")).values())
+
+
+def test_headings_in_code_are_no_sections():
+    body = text(Factors=None, How_to_get_started=f"```python\n## Factors\n# x\n{CODE}```")
+    assert rules(validate(card(body=body)).warnings) == ["section-factors"]
+
+
+def test_code_that_loads_something_else():
+    for code in ("X.from_pretrained('user/other')", 'name = "user/other"\nX.from_pretrained(name)'):
+        body = card(body=text(How_to_get_started=f"```python\n{code}\n```"))
+        assert rules(validate(body, repo_id="user/mine").warnings) == ["snippet-repo"]
+        assert validate(body, repo_id="user/other").warnings == validate(body).warnings == []
+
+
+@pytest.mark.parametrize(("told", "fits"), [("0.5", True), ("50.0", True), ("0.50 [0.4, 0.6]", True), ("0.46", False)])
+def test_numbers_in_the_text_and_in_the_metadata(told, fits):
+    report = validate(card(GOOD_DATA + index(), text(Results=f"| a | {told} |")))
+    assert rules(report.warnings) == ([] if fits else ["metric-text"])
 
 
 def test_folder_rules(tmp_path):
@@ -119,13 +213,48 @@ def test_folder_rules(tmp_path):
     assert rules(validate(str(tmp_path)).warnings) == ["pickle", "library-name"]
 
 
-def test_missing_folder():
-    with pytest.raises(ValueError, match="card='absent' is not a folder"):
-        validate("absent")
+def test_size_of_the_adapter(tmp_path):
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    for stated, found in (("14", []), ("1,400", ["adapter-size"])):
+        body = text(Model_details=f"| Parameters of the adapter | {stated} (0.1 MB) |")
+        (tmp_path / "README.md").write_text(card(body=body))
+        assert rules(validate(tmp_path).warnings) == found
+
+
+@pytest.mark.parametrize(
+    "entries", ["a: b: c", "- {value: 1}", "- {dataset: {id: a/b}, value: 1}", "- {dataset: {id: a/b, task_id: c}}"]
+)
+def test_results_of_benchmarks(tmp_path, entries):
+    (tmp_path / "README.md").write_text(card())
+    (tmp_path / ".eval_results").mkdir()
+    (tmp_path / ".eval_results" / "results.yaml").write_text(entries)
+    assert rules(validate(tmp_path).errors) == ["eval-results"]
+
+
+def test_missing_folder(tmp_path):
+    for absent in ("absent", tmp_path / "absent"):
+        with pytest.raises(ValueError, match=r"card='.*absent' is no folder"):
+            validate(absent)
 
 
 def test_stock_cards_are_flagged(tmp_path):
-    from tests.model_cards.tiny import lora_model
-
-    lora_model().save_pretrained(tmp_path, save_embedding_layers=False)
-    assert {"placeholder", "no-license", "no-base-model"} <= set(rules(validate(tmp_path).warnings))
+    """PEFT's of a base from the disk, whose path is in it, and TRL's, with its misspelt key."""
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "peft")
+    report = validate(tmp_path / "peft")
+    assert rules(report.errors) == ["base-model-id"]
+    assert {"placeholder", "no-license", "section-factors", "section-intended-use", "out-of-scope"} <= set(
+        rules(report.warnings)
+    )
+    assert sum(score((tmp_path / "peft" / "README.md").read_text()).values()) <= 3
+    arguments = SFTConfig(str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False)
+    rows = Dataset.from_list([{"prompt": "a b", "completion": " c d"}])
+    trainer = SFTTrainer(
+        make_tiny_llama(), arguments, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=LoraConfig()
+    )
+    trainer.create_model_card()
+    report = validate(tmp_path / "trl")
+    assert "licence-key" in rules(report.errors)
+    missing = {"no-license", *SECTION_RULES}
+    assert missing <= set(rules(report.warnings)), missing - set(rules(report.warnings))

@@ -10,6 +10,15 @@ from transformers import PreTrainedTokenizerFast
 from tests.conftest import make_tiny_llama
 
 BASE = "user/tiny-base"
+# What only an author can say of a model, and what `validate` finds missing without it.
+WORDS = {
+    "intended_use": "Tests of model cards.",
+    "out_of_scope": "Everything else.",
+    "factors": "Length of the text.",
+    "ethics": "No personal data.",
+    "caveats": "Knows nothing.",
+}
+AUTHOR = {"section-intended-use", "out-of-scope", "section-factors", "section-ethical-considerations"}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

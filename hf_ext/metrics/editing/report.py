@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext.metrics.editing.scoring import mean, section_score
-from hf_ext.metrics.statistics import bootstrap_interval
+from hf_ext.metrics.statistics import bootstrap_interval, short
 
 SECTIONS = ("reliability", "generality", "portability", "locality")
 FINAL, BEFORE, IMMEDIATE, FORGETTING = "final", "before", "immediate", "forgetting"
@@ -95,6 +95,16 @@ class EditingReport:
     def metrics(self) -> dict[str, float]:
         """Flat dictionary, e.g. `{"reliability/generate_exact": 0.9}`; for logging and for model cards."""
         return {item.name: item.value for item in self.measurements}
+
+    @property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """Edits (texts for drift) behind each metric, and its interval; for model cards."""
+        return {item.name: {"n": item.n, "ci95": short((item.low, item.high))} for item in self.measurements}
+
+    @property
+    def uncertainty_note(self) -> str:
+        """For model cards."""
+        return "Intervals are 95 % bootstrap intervals over edits (over texts for drift)."
 
     def values(self, stage: str, protocol: str, section: str, key: str | None = None) -> dict[str, float]:
         """Score per record id, for the records that have the section (and the kind `key`)."""

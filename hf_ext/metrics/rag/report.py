@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext._lazy import optional_import
-from hf_ext.metrics.statistics import bootstrap_interval, paired_permutation_test
+from hf_ext.metrics.statistics import bootstrap_interval, paired_permutation_test, short
 
 SCORES = ("exact_match", "f1", "accuracy", "correct", "refusal", "unanswered", "answer_in_passages")
 _TITLES = {
@@ -65,6 +65,23 @@ class RagReport:
         return {
             f"{score}/{condition}": self.mean(condition, score) for condition in self.conditions for score in SCORES
         }
+
+    @property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """Questions behind each metric, and its interval in percent; for model cards."""
+        return {
+            f"{score}/{condition}": {
+                "n": len(self.values(condition, score)),
+                "ci95": short(self.interval(condition, score)),
+            }
+            for condition in self.conditions
+            for score in SCORES
+        }
+
+    @property
+    def uncertainty_note(self) -> str:
+        """For model cards."""
+        return "Intervals are 95 % bootstrap intervals over questions."
 
     def table(self) -> str:
         """Markdown: one line per condition."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext._lazy import optional_import
+from hf_ext.metrics.statistics import short
 from hf_ext.metrics.unlearning.compare import LEAKS
 from hf_ext.metrics.unlearning.logs import Log, Logs, curve_of, log_ratios
 
@@ -41,6 +42,23 @@ class UnlearningReport:
     def metrics(self) -> dict[str, float]:
         """Metric -> value, of all that could be measured."""
         return {name: log["agg_value"] for name, log in self.logs.items() if log["agg_value"] is not None}
+
+    @property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """Rows behind each metric, and its interval where there is one; for model cards."""
+        found = {}
+        for name in self.metrics:
+            log = self.logs[name]
+            interval = short(log["interval"]) if "interval" in log else None
+            found[name] = {"n": rows_of(log) or self.settings["rows"]["forget"]["rows"]} | (
+                {"ci95": interval} if interval else {}
+            )
+        return found
+
+    @property
+    def uncertainty_note(self) -> str:
+        """For model cards."""
+        return "Intervals are 95 % bootstrap intervals over rows; forget quality is a p-value and falls with the rows."
 
     def table(self) -> str:
         """Markdown: forget quality and utility in one row, all metrics beside the retrained model's, then attacks."""
@@ -144,10 +162,14 @@ class UnlearningReport:
         return [("C0", "model", self.logs), *([("C1", "retrained", self.retrained)] if self.retrained else [])]
 
 
-def _count(log: Log) -> str:
+def rows_of(log: Log) -> int:
     """Rows behind a value; those of both splits for a membership attack."""
     parts = [log, *(log[split] for split in ("forget", "holdout") if split in log)]
-    rows = sum(len(part.get("value_by_index", ())) for part in parts)
+    return sum(len(part.get("value_by_index", ())) for part in parts)
+
+
+def _count(log: Log) -> str:
+    rows = rows_of(log)
     return str(rows) if rows and "steps_to_half" not in log else "–"
 
 

@@ -1,0 +1,64 @@
+"""Rules for the files beside a card: each yields (rule, message)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}
+ADAPTER = "adapter_model.safetensors"
+STATED_PARAMETERS = re.compile(r"^\| Parameters of the adapter \| ([\d,]+)", re.MULTILINE)
+
+Findings = Iterator[tuple[str, str]]
+
+
+def file_errors(folder: Path, files: list[str]) -> Findings:
+    """Results files that the Hub would not read."""
+    for name in files:
+        if name.startswith(".eval_results/") and name.endswith((".yaml", ".yml")):
+            yield from _eval_results(name, folder / name)
+
+
+def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], text: str) -> Findings:
+    for name in files:
+        if name.endswith(PICKLES):
+            yield "pickle", f"{name} can run code when it is loaded; save weights as safetensors"
+    for name, library in LIBRARY_FILES.items():
+        if name in files and data.get("library_name") != library:
+            found = data.get("library_name")
+            yield "library-name", f"{name} is present, so library_name should be {library!r}, not {found!r}"
+    stated = STATED_PARAMETERS.search(text)
+    if folder is not None and ADAPTER in files and stated:
+        found = _parameters(folder / ADAPTER)
+        if found != int(stated[1].replace(",", "")):
+            yield "adapter-size", f"the card says {stated[1]} parameters, {ADAPTER} holds {found:,}"
+
+
+def _parameters(file: Path) -> int:
+    """Numbers in the file, from its header; 0 if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except SafetensorError:
+        return 0
+
+
+def _eval_results(name: str, file: Path) -> Findings:
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        yield "eval-results", f"{name} is not YAML: {' '.join(str(error).split())}"
+        return
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        dataset = entry.get("dataset") if isinstance(entry, dict) else None
+        if not isinstance(dataset, dict) or not dataset.get("id") or not dataset.get("task_id"):
+            yield "eval-results", f"{name}, entry {number}, lacks dataset.id or dataset.task_id"
+        elif entry.get("value") is None:
+            yield "eval-results", f"{name}, entry {number}, lacks value"

@@ -1,0 +1,119 @@
+"""Run the code of a card before anybody else does: in a process of its own, in the folder that is published, without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from hf_ext.model_cards.leaks import TOKEN, without_paths
+
+NOT_RUN = "This code was generated with the card; it was not run before publishing."
+_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+_SHOWN = 600
+_PACKAGES = ("hf-ext", "torch", "transformers", "peft", "diffusers")
+
+_REMEDY = (
+    "Correct the code, or the base model that it names, which has to lie in the local cache or in the folder that it was loaded from; "
+    "or pass run_snippet=False, and the card will say that it was not run."
+)
+
+# The folder must not shadow a library, and what a library caches on this machine is all it can get.
+_PRELUDE = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+def refuse(event, arguments):
+    if event == "socket.getaddrinfo" or event == "socket.connect" and isinstance(arguments[1], tuple):
+        raise OSError(f"the code of the card needs the network: {event}{arguments[1:] or arguments}")
+sys.addaudithook(refuse)
+exec(compile(sys.stdin.read(), "<code of the card>", "exec"), {"__name__": "__main__"})
+"""
+
+
+class SnippetError(ValueError):
+    """The code of the card does not run against what would be published."""
+
+
+@dataclass(frozen=True)
+class SnippetRun:
+    """A successful run: of what code, what it printed, and the sha256 of that."""
+
+    code: str
+    output: str
+    digest: str
+
+    @property
+    def note(self) -> str:
+        """What the card says below the code."""
+        used = [name for name in _PACKAGES if name == "torch" or f"{name.replace('-', '_')} " in self.code]
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in used)
+        told = f"This code was run before publishing, in a process of its own and offline, with {versions}."
+        if not self.output:
+            return f"{told} It printed nothing."
+        shown = self.output if len(self.output) <= _SHOWN else f"{self.output[:_SHOWN]} …"
+        # A fence in the output must not end the block.
+        return f"{told} It printed:\n\n```text\n{shown.replace('```', '` ` `')}\n```"
+
+
+def code_of(text: str) -> str | None:
+    """The first Python block of a card."""
+    found = _BLOCK.search(text)
+    return found[1] if found else None
+
+
+def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None, timeout: float = 600.0) -> SnippetRun:
+    """Run `code` inside `folder`.
+
+    Args:
+        names: string literals of the code that stand for something on this machine: what is published later to be found at a
+            Hub id is this folder now.
+        timeout: seconds.
+
+    Raises:
+        SnippetError: it failed, asked for the network, or took too long; the message has its last lines.
+    """
+    for name, here in (names or {}).items():
+        code = code.replace(f'"{name}"', repr(here))
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    }
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PRELUDE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(code, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise SnippetError(f"the code of the card was stopped after {timeout:g} s. {_REMEDY}") from None
+    finally:
+        _stop(process)
+    if process.returncode:
+        last = "\n".join(errors.strip().splitlines()[-4:])
+        raise SnippetError(f"the code of the card fails:\n{last}\n{_REMEDY}")
+    shown = TOKEN.sub("(removed)", without_paths(output.strip()))
+    return SnippetRun(code, shown, hashlib.sha256(shown.encode()).hexdigest())
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End the process and those it started."""
+    if process.poll() is None:
+        if os.name == "posix":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,98 @@
+"""Rules for the text of a card: each yields (rule, message) for what a reader would miss."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH
+from hf_ext.model_cards.running import NOT_RUN, code_of
+from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, content, is_stated
+from hf_ext.registry import METHODS
+
+_LOADED = re.compile(
+    r"""(?:from_pretrained|load_adapter)\(\s*(?:\w+,\s*)?["']([\w.-]+/[\w.-]+)["']|^name = ["']([^"']+)["']""",
+    re.MULTILINE,
+)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.IGNORECASE)
+
+Findings = Iterator[tuple[str, str]]
+
+
+def text_warnings(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
+    yield from _wording(text)
+    yield from _sections(text)
+    yield from _snippet(text, data, repo_id)
+    yield from _numbers(text, data)
+    for method in METHODS:
+        if method.slug in (data.get("tags") or []) and method.arxiv not in text:
+            yield "no-citation", f"the tag {method.slug!r} is set, but the paper {method.paper_url} is not cited"
+
+
+def _wording(text: str) -> Findings:
+    prose = re.sub(r"```bibtex.*?```", "", text, flags=re.DOTALL)
+    for rule, pattern, advice in (
+        ("placeholder", PLACEHOLDER, "write the fact, or say that it was not measured"),
+        ("local-path", LOCAL_PATH, "it exists on one machine only"),
+        ("email", EMAIL, "published addresses are harvested"),
+    ):
+        found = sorted({match[0] for match in pattern.finditer(prose)})
+        if found:
+            yield rule, f"the text contains {', '.join(map(repr, found))}: {advice}"
+
+
+def _sections(text: str) -> Findings:
+    for section in SECTIONS:
+        if not is_stated(text, section):
+            lack = "is not there" if content(text, section) is None else "says nothing"
+            yield section.rule, f"the section on {section.name} {lack}; {section.remedy}"
+    if not is_stated(text, OUT_OF_SCOPE):
+        yield "out-of-scope", f"nothing says what the model is not for; {OUT_OF_SCOPE.remedy}"
+
+
+def _snippet(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
+    code = code_of(text)
+    if code is None or "from_pretrained" not in code:
+        yield "no-snippet", "no Python snippet shows how to load the model"
+        return
+    if NOT_RUN in text:
+        yield "snippet-not-run", "the code of the card was not run; publish with run_snippet=True"
+    bases = data.get("base_model") or []
+    known = {repo_id, *(bases if isinstance(bases, list) else [bases])}
+    others = sorted({name for pair in _LOADED.findall(code) for name in pair if "/" in name} - known)
+    if repo_id is not None and others:
+        yield "snippet-repo", f"the code loads {', '.join(others)}, which is neither {repo_id} nor its base model"
+
+
+def _numbers(text: str, data: dict[str, Any]) -> Findings:
+    """Results that the text tells otherwise than the metadata."""
+    for name, value in _metrics(data):
+        rows = [
+            line for line in text.splitlines() if line.startswith("|") and _first_cell(line) == name.replace("|", "/")
+        ]
+        told = [number for line in rows for number in _NUMBER.findall(line.split("|", 2)[2])]
+        if told and not any(_same(number, value) for number in told):
+            yield "metric-text", f"{name!r} is {value:g} in the metadata and {told[0]} in the text"
+
+
+def _metrics(data: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for entry in data.get("model-index") or []:
+        for result in entry.get("results") or [] if isinstance(entry, dict) else []:
+            for metric in (result.get("metrics") or []) if isinstance(result, dict) else []:
+                value = metric.get("value") if isinstance(metric, dict) else None
+                if isinstance(value, int | float) and math.isfinite(value) and isinstance(metric.get("name"), str):
+                    yield metric["name"], float(value)
+
+
+def _first_cell(line: str) -> str:
+    return line.split("|")[1].strip().strip("`").replace("\\", "")
+
+
+def _same(told: str, value: float) -> bool:
+    """Whether a number in the text is the value, as far as it is written out; percent count, too."""
+    digits = len(told.lower().partition("e")[0].partition(".")[2])
+    shown = float(told)
+    step = 0.5 * 10.0**-digits
+    return any(abs(shown - scaled) <= step + 1e-3 * abs(scaled) for scaled in (value, 100 * value))

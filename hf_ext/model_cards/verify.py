@@ -1,0 +1,137 @@
+"""Is what was published what its card says? Every claim that can be tried again is tried again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from torch import nn
+
+from hf_ext.model_cards import running
+from hf_ext.model_cards.base_model import REPO_ID, file_digest
+from hf_ext.model_cards.loading import load
+from hf_ext.model_cards.manifest import FILE, read_manifest
+from hf_ext.model_cards.probe import Probe, repeat
+from hf_ext.model_cards.running import SnippetError, code_of
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: what was checked, whether it holds (`None`: the card makes no such claim, or it was not tried), and what was found."""
+
+    name: str
+    holds: bool | None
+    found: str
+
+    def __str__(self) -> str:
+        return f"{ {True: 'holds', False: 'FAILS', None: 'not checked'}[self.holds] }: {self.name}: {self.found}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def holds(self) -> bool:
+        """No check failed."""
+        return all(check.holds is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.checks))
+
+
+def verify(
+    folder_or_repo: str | os.PathLike[str],
+    *,
+    base_model: str | nn.Module | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    run_snippet: bool = False,
+) -> Verification:
+    """Compare a folder or a repository with what `publish` or `save` recorded beside its card.
+
+    1. Every file has the sha256 that was recorded, and none was added.
+    2. The model is loaded as the card says and asked the recorded questions: same answers, up to rounding.
+    3. With `run_snippet`, the code of the card prints what it printed then.
+
+    Args:
+        folder_or_repo: a folder, or a Hub id.
+        base_model: of an adapter: an id, a folder or a loaded model; what the card names if absent.
+        run_snippet: runs code from the card in a process of its own, without a network: only for cards that you trust.
+
+    Raises:
+        ValueError: there is no manifest, or neither a folder nor a Hub id.
+    """
+    folder, repo_id = _located(folder_or_repo, revision, token)
+    manifest = read_manifest(folder)
+    checks = [_files(folder, manifest), _answers(folder, manifest, base_model)]
+    checks.append(
+        _code(folder, manifest, repo_id, base_model) if run_snippet else Check("code", None, "not asked for")
+    )
+    return Verification(tuple(checks))
+
+
+def _located(
+    folder_or_repo: str | os.PathLike[str], revision: str | None, token: str | bool | None
+) -> tuple[Path, str | None]:
+    folder = Path(folder_or_repo)
+    if folder.is_dir():
+        return folder, None
+    repo_id = str(folder_or_repo)
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"folder_or_repo={repo_id!r} is neither a folder nor a Hub id of the form 'namespace/name'.")
+    return Path(snapshot_download(repo_id, revision=revision, token=token)), repo_id
+
+
+def _files(folder: Path, manifest: dict[str, Any]) -> Check:
+    recorded: dict[str, str] = manifest["files"]
+    missing = sorted(name for name in recorded if not _inside(folder, name))
+    changed = sorted(
+        name for name, digest in recorded.items() if name not in missing and file_digest(folder / name) != digest
+    )
+    told = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("changed", changed)) if names]
+    return Check("files", not told, "; ".join(told) or f"{len(recorded)} files as recorded in {FILE}")
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """A file of the folder, not one that a manifest points to elsewhere; a download keeps its files behind links."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and (folder / name).is_file()
+
+
+def _answers(folder: Path, manifest: dict[str, Any], base_model: str | nn.Module | None) -> Check:
+    if manifest["probe"] is None:
+        return Check("answers", None, "none were recorded")
+    recorded = Probe.from_dict(manifest["probe"])
+    try:
+        model = load(folder, manifest["model"], getattr(torch, recorded.dtype), base_model)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        return Check("answers", False, f"the model cannot be loaded: {' '.join(str(error).split())[:300]}")
+    answered = repeat(model, recorded)
+    if answered is None:
+        return Check("answers", False, "the model gives no logits")
+    different = recorded.differences(answered)
+    same = "bit by bit" if answered.digest == recorded.digest else f"{recorded.metric} {answered.value:.6g}"
+    return Check("answers", not different, "; ".join(different) or f"{len(recorded.predictions)} as recorded, {same}")
+
+
+def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_model: str | nn.Module | None) -> Check:
+    recorded = manifest["snippet"]
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    code = code_of(card.text)
+    if recorded is None or code is None:
+        return Check("code", None, "it was not run before publishing")
+    names = {repo_id: "."} if repo_id else {}
+    if isinstance(base_model, str):
+        names[str(card.data.get("base_model") or "base")] = str(Path(base_model).absolute())
+    try:
+        run = running.run_snippet(code, folder, names)
+    except SnippetError as error:
+        return Check("code", False, str(error))
+    same = run.digest == recorded["output_sha256"]
+    return Check("code", same, "prints what it printed" if same else f"prints something else: {run.output[:200]}")

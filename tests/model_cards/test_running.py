@@ -1,0 +1,73 @@
+"""The code of a card is run before publishing: in a process of its own, in the folder, offline."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_ext.model_cards import SnippetError, save
+from hf_ext.model_cards.running import SnippetRun, code_of, run_snippet
+from tests.conftest import make_tiny_llama
+from tests.model_cards.tiny import WORDS, lora_model, tiny_tokenizer
+
+
+def test_what_it_prints(tmp_path):
+    (tmp_path / "here.txt").write_text("found")
+    run = run_snippet('print(open("user/name").read())', tmp_path, {"user/name": "here.txt"})
+    assert run.output == "found" and len(run.digest) == 64
+    assert "It printed:\n\n```text\nfound\n```" in run.note
+
+
+def test_a_folder_shadows_no_library(tmp_path):
+    (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")
+    assert run_snippet("import json; print(json.dumps(1))", tmp_path).output == "1"
+
+
+def test_tokens_and_paths_are_not_told(tmp_path):
+    secret = "hf_" + "a" * 34
+    run = run_snippet(f"import os; print('{secret}', os.environ.get('HF_TOKEN'), '/home/me/model')", tmp_path)
+    assert run.output == "(removed) None model"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "(?s)the code of the card fails.*ZeroDivisionError.*run_snippet=False"),
+        ("import urllib.request as u; u.urlopen('http://127.0.0.1:9')", "(?s)needs the network"),
+        ("import socket; socket.create_connection(('localhost', 9))", "(?s)needs the network"),
+    ],
+)
+def test_what_fails(tmp_path, code, message):
+    with pytest.raises(SnippetError, match=message):
+        run_snippet(code, tmp_path)
+
+
+def test_what_hangs_is_stopped(tmp_path):
+    with pytest.raises(SnippetError, match="stopped after 1 s"):
+        run_snippet("import time; time.sleep(60)", tmp_path, timeout=1)
+
+
+def test_a_long_output_and_none():
+    note = SnippetRun("", "x" * 1000 + "```", "0").note
+    assert note.endswith(" …\n```") and note.count("```") == 2
+    assert SnippetRun("", "", "0").note.endswith("It printed nothing.")
+
+
+def test_it_is_told_in_the_card(tmp_path):
+    """An adapter of a base from a folder, whose path is in no file; the base has a tokenizer, so the model writes."""
+    for part in (make_tiny_llama(), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "secret-base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "secret-base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    folder = save(model, tmp_path / "adapter", base_model="user/base", license="mit", run_snippet=True, **WORDS)
+    text = (folder / "README.md").read_text()
+    assert "model.generate" in str(code_of(text)) and 'AutoTokenizer.from_pretrained("user/base")' in text
+    assert "This code was run before publishing, in a process of its own and offline, with torch" in text
+    assert not [file for file in folder.iterdir() if b"secret-base" in file.read_bytes()]
+
+
+def test_failing_code_leaves_no_folder(tmp_path):
+    with pytest.raises(SnippetError, match="run_snippet=False"):
+        save(lora_model(), tmp_path / "adapter", base_model="user/nowhere", run_snippet=True)
+    assert list(tmp_path.iterdir()) == []

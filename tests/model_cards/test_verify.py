@@ -1,0 +1,122 @@
+"""What was published is tried again: files, answers, and the code of the card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+
+from hf_ext import LorVpConfig
+from hf_ext.model_cards import save, verify
+from hf_ext.model_cards.manifest import FILE
+from tests.conftest import make_tiny_llama
+from tests.model_cards.tiny import lora_model, roselora_model
+
+
+def found(verification) -> dict[str, bool | None]:
+    return {check.name: check.holds for check in verification.checks}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved LoRA adapter, and the folder of its base."""
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    return save(model, tmp_path / "adapter", base_model="user/base"), str(tmp_path / "base")
+
+
+def test_an_adapter(adapter):
+    folder, base = adapter
+    verification = verify(folder, base_model=base)
+    assert found(verification) == {"files": True, "answers": True, "code": None} and verification.holds
+    assert "32 as recorded, bit by bit" in str(verification)
+
+
+@pytest.mark.parametrize("make", [roselora_model, make_tiny_llama])
+def test_other_models(tmp_path, make):
+    folder = save(make(), tmp_path / "model")
+    assert found(verify(folder, base_model=make_tiny_llama()))["answers"]
+
+
+def test_half_precision(tmp_path):
+    folder = save(make_tiny_llama().to(torch.bfloat16), tmp_path / "model")
+    assert json.loads((folder / FILE).read_text())["probe"]["dtype"] == "bfloat16"
+    assert found(verify(folder))["answers"]
+
+
+def test_an_image_classifier_with_its_own_classes(tmp_path):
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
+    ViTForImageClassification(ViTConfig(**small, num_labels=7)).save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, LorVpConfig(pixel_scale=2.0, init_weights=False)).eval()
+    folder = save(model, tmp_path / "prompt")
+    assert found(verify(folder, base_model=str(tmp_path / "base")))["answers"]
+
+
+def test_other_weights(adapter):
+    folder, base = adapter
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    verification = verify(folder, base_model=base)
+    assert found(verification) == {"files": False, "answers": False, "code": None} and not verification.holds
+    assert "changed adapter_model.safetensors" in str(verification) and "predictions differ" in str(verification)
+
+
+def test_another_base_model(adapter):
+    folder, _ = adapter
+    torch.manual_seed(5)
+    other = make_tiny_llama(seed=5)
+    assert found(verify(folder, base_model=other)) == {"files": True, "answers": False, "code": None}
+
+
+def test_a_base_that_is_not_there(adapter):
+    folder, _ = adapter
+    (check,) = [check for check in verify(folder, base_model="user/nowhere").checks if check.name == "answers"]
+    assert check.holds is False and "cannot be loaded" in check.found
+
+
+def test_code_that_prints_something_else(adapter):
+    folder, base = adapter
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["snippet"] = {"output_sha256": "0" * 64}
+    (folder / FILE).write_text(json.dumps(manifest))
+    checks = {check.name: check for check in verify(folder, base_model=base, run_snippet=True).checks}
+    assert checks["code"].holds is False and "prints something else" in checks["code"].found
+
+
+def test_paths_outside_of_the_folder_are_not_read(adapter):
+    folder, base = adapter
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["files"] = {"../base/config.json": "0"}
+    (folder / FILE).write_text(json.dumps(manifest))
+    assert "missing ../base/config.json" in str(verify(folder, base_model=base))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing"), ("[]", "is not a manifest"), ('{"schema": 9}', "has schema 9"), ("{", "is not a manifest")],
+)
+def test_damaged_manifests(adapter, content, message):
+    folder, _ = adapter
+    (folder / FILE).unlink()
+    if content is not None:
+        (folder / FILE).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        verify(folder)
+
+
+def test_neither_folder_nor_repository():
+    with pytest.raises(ValueError, match="folder_or_repo='a b'"):
+        verify("a b")
+
+
+def test_questions_of_ones_own(tmp_path):
+    with pytest.raises(ValueError, match="probe= needs a tokenizer"):
+        save(lora_model(), tmp_path / "adapter", probe=["a text"])
+    folder = save(lora_model(), tmp_path / "adapter", probe=False)
+    assert found(verify(folder, base_model=make_tiny_llama()))["answers"] is None
