@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _LAZY = {
     **public_names(),
     "KnowledgeEditingEvaluator": "hf_ext.metrics.editing",
+    "disaggregate": "hf_ext.metrics.disaggregation",
     "evaluate_rag": "hf_ext.metrics.rag",
     "load_edits": "hf_ext.metrics.editing",
     "run_editing": "hf_ext.metrics.editing",

@@ -1,4 +1,4 @@
-"""How sure a number is: a bootstrap interval over rows, and a paired test between two methods on the same rows.
+"""How sure a number is: intervals of means, proportions and anything that was resampled, and tests between methods or groups.
 
 A row is whatever was judged: an edit, a text, a question.
 """
@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from hf_ext._lazy import optional_import
 
 _SEED = 0
 _MAX_DRAWS_AT_ONCE = 2**22
@@ -74,3 +76,52 @@ def paired_permutation_test(first: Sequence[float], second: Sequence[float], *, 
         extreme += int((np.abs(signs @ difference) >= threshold).sum())
         done += rounds
     return extreme / (permutations + 1)
+
+
+def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; unlike value ± error it stays inside [0, 1] and is honest where all or none succeed."""
+    stats = optional_import("scipy.stats", "cards")
+    found = stats.binomtest(successes, n).proportion_ci(level, "wilson")
+    return float(found.low), float(found.high)
+
+
+def newcombe_interval(first: tuple[int, int], second: tuple[int, int], *, level: float = 0.95) -> tuple[float, float]:
+    """Newcombe's interval of the difference of two independent proportions, first less second: his method 10, from both Wilson intervals.
+
+    Args:
+        first, second: successes and n of each.
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = (
+        (successes / n, *wilson_interval(successes, n, level=level)) for successes, n in (first, second)
+    )
+    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+
+
+def bca_interval(draws: np.ndarray, value: float, left_out: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
+    """Bias-corrected and accelerated interval (Efron 1987).
+
+    It equals that of `scipy.stats.bootstrap`, which can neither draw clusters nor leave out blocks: its jackknife is quadratic in the rows.
+
+    Args:
+        draws: the metric on each resample.
+        value: the metric on the data.
+        left_out: the metric without each row, cluster or block.
+    """
+    special = optional_import("scipy.special", "cards")
+    below = ((draws < value).mean() + (draws <= value).mean()) / 2
+    bias = special.ndtri(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
+    influence = left_out.mean() - left_out
+    square = (influence**2).sum()
+    acceleration = (influence**3).sum() / (6 * square**1.5) if square else 0.0
+    tails = bias + special.ndtri([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, special.ndtr(bias + tails / (1 - acceleration * tails)))
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted by Holm's step-down method: those below α are significant with a chance of any false one of at most α."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted.tolist()
