@@ -50,7 +50,7 @@ class Probe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with a line for every example."""
-        rows = self.inputs and [" ".join(map(str, row)) for row in self.inputs]
+        rows = None if self.inputs is None else [" ".join(map(str, row)) for row in self.inputs]
         return {**asdict(self), "inputs": rows, "predictions": " ".join(map(str, self.predictions))}
 
     @classmethod

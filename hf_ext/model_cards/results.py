@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import EvalResult
 
+from hf_ext.metrics.disaggregation import GroupReport
 from hf_ext.model_cards.base_model import REPO_ID
 
 
@@ -61,14 +62,6 @@ class Explained(Protocol):
 
     @property
     def uncertainty_note(self) -> str: ...
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """A report that is broken down by factors: name to groups and their sizes."""
-
-    @property
-    def factors(self) -> Mapping[str, Mapping[str, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,7 @@ class Results:
                     dataset_config=dataset.config,
                     dataset_split=dataset.split,
                     dataset_revision=dataset.revision,
-                    metric_type=_slug(name),
+                    metric_type=_slug(name.partition(" (")[0]),
                     metric_name=name,
                     metric_value=value,
                     metric_args=dict(self.arguments[name]) if name in self.arguments else None,
@@ -166,7 +159,7 @@ def read_results(
         if not isinstance(value, Real) or isinstance(value, bool):
             raise ValueError(f"metrics[{name!r}]={value!r} is not a number; give a flat dict of name: number.")
     numbers = {name: float(value) for name, value in values.items()}
-    table = _table(numbers) if isinstance(metrics, Mapping) else metrics.table()
+    table = _table(numbers) if isinstance(metrics, Mapping) else _table_of(metrics)
     if not numbers:
         return None
     arguments = metrics.arguments if isinstance(metrics, Certain) else {}
@@ -177,8 +170,19 @@ def read_results(
         metrics.datasets if isinstance(metrics, ManyDatasets) else {},
         arguments or ({name: {"n": rows} for name in numbers} if rows is not None else {}),
         metrics.uncertainty_note if isinstance(metrics, Explained) else None,
-        metrics.factors if isinstance(metrics, Grouped) else {},
+        metrics.factors if isinstance(metrics, GroupReport) else {},
     )
+
+
+def _table_of(report: MetricsReport) -> str:
+    """Groups of one factor and combinations apart, as the model card paper asks for them."""
+    if not isinstance(report, GroupReport):
+        return report.table()
+    parts = {
+        "One factor at a time": report.table("unitary"),
+        "Combinations of factors": report.table("intersectional"),
+    }
+    return "\n\n".join(f"#### {heading}\n\n{table}" for heading, table in parts.items() if table)
 
 
 def _table(values: dict[str, float]) -> str:

@@ -388,9 +388,12 @@ def test_the_uncertainty_in_words():
     scores, factors = np.arange(60.0), {"half": np.arange(60) % 2}
     words = disaggregate(
         scores, None, factors, "mean", clusters=np.arange(60) // 2, seed=3, confidence=0.9
-    ).uncertainty
+    ).uncertainty_note
     assert words.startswith("90 % intervals (mean: BCa bootstrap of 30 clusters (2,000 resamples, seed 3), gaps")
-    assert "Wilson" in report_of_two_factors().uncertainty and "bootstrap" not in report_of_two_factors().uncertainty
+    assert (
+        "Wilson" in report_of_two_factors().uncertainty_note
+        and "bootstrap" not in report_of_two_factors().uncertainty_note
+    )
 
 
 def test_what_a_card_needs_survives_the_metadata():

@@ -19,11 +19,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_ext import BaftConfig, LorVpConfig, NeatConfig
+from hf_ext import BaftConfig, LorVpConfig, NeatConfig, disaggregate
 from hf_ext.model_cards import build_card, score, validate
 from hf_ext.registry import METHODS, OVERTONE, ROSELORA
 from tests.conftest import make_tiny_llama
-from tests.model_cards.tiny import AUTHOR, WORDS, lora_model, roselora_model, tiny_tokenizer
+from tests.model_cards.tiny import AUTHOR, BASE, WORDS, lora_model, roselora_model, tiny_tokenizer
 
 HEADINGS = (
     "Model details",
@@ -117,6 +117,26 @@ def test_report_objects_bring_their_own_table():
     card = build_card(lora_model(), metrics=Report(), evaluated_on="Held-out facts, 2026")
     assert "0.5 ± 0.1" in card.text
     assert card.data.eval_results[0].dataset_type == "held_out_facts_2026"
+
+
+def test_results_by_group():
+    """Every group is a metric of its own in the metadata: the Hub keeps the arguments of one data set only."""
+    languages = ["en"] * 60 + ["sw"] * 40
+    report = disaggregate([1] * 90 + [0] * 10, [1] * 100, {"language": languages, "device": ["phone", "laptop"] * 50})
+    card = build_card(
+        lora_model(), base_model=BASE, license="mit", metrics=report, evaluated_on="you/probe@abc", **WORDS
+    )
+    card = ModelCard(str(card))
+    told = {result.metric_name: result for result in card.data.eval_results}
+    assert set(told) == set(report.metrics) and told["accuracy (language=sw)"].metric_value == 0.75
+    assert {result.metric_type for result in told.values()} == {"accuracy"}
+    arguments = told["accuracy (language=sw)"].metric_args
+    assert arguments["group"] == {"language": "sw"} and arguments["n"] == 40 and len(arguments["ci95"]) == 2
+    text = section(card, "Evaluation")
+    assert "- language: en (60), sw (40)" in text and "Wilson" in text
+    assert text.index("#### One factor at a time") < text.index("#### Combinations of factors")
+    assert "| language=sw, device=phone | 20 | accuracy | n too small |" in text
+    assert rules(card) == {"section-training-data", "snippet-not-run"}
 
 
 def test_text_given_by_the_author(lora_card):

@@ -56,13 +56,13 @@ class GroupReport:
         rows: all items first, then groups of one factor, then of combinations.
         factors: factor -> label -> items.
         confidence: of the intervals.
-        uncertainty: how the intervals were computed, in words.
+        uncertainty_note: how the intervals were computed, in words.
     """
 
     rows: tuple[GroupResult, ...]
     factors: Mapping[str, Mapping[str, int]]
     confidence: float
-    uncertainty: str
+    uncertainty_note: str
 
     @property
     def metrics(self) -> dict[str, float]:
