@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -119,7 +120,13 @@ def _digest(folder: Path) -> str | None:
 
 
 def file_digest(file: Path) -> str:
-    """sha256, as `sha256sum` prints it."""
+    """sha256, as `sha256sum` prints it. A file is read once in a process unless it changes: a trainer asks at every save."""
+    status = file.stat()
+    return _digest_of(file, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(file: Path, mtime: int, size: int) -> str:
     running = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(2**20):

@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -33,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_ext._modes import evaluating
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
+from hf_ext.trainers.cards import CardMixin
 from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward, score_answers
 from hf_ext.trainers.runs import dataset_digest
 from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
@@ -107,7 +107,7 @@ def read_tasks(tasks: Iterable[ContinualTask] | Mapping[str, Any]) -> list[Conti
     return found
 
 
-class TaskSequenceTrainer(SFTTrainer):
+class TaskSequenceTrainer(CardMixin, SFTTrainer):
     """Fine-tune a model on one task after another; what subclasses do against forgetting goes into their hooks.
 
     `train()` runs all tasks, each with a fresh optimizer and scheduler and its own random seed (`args.seed` + its number), and
@@ -417,15 +417,6 @@ class TaskSequenceTrainer(SFTTrainer):
     def notes(self) -> tuple[str, ...]:
         """Further sentences for the cards."""
         return ()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card with the task matrix below; arguments as there."""
-        super().create_model_card(*args, **kwargs)
-        path, report = Path(str(self.args.output_dir)) / "README.md", self.report
-        if report is not None and self.is_world_process_zero():
-            card = ModelCard.load(path)
-            card.text = f"{card.text.rstrip()}\n\n## Tasks learnt one after another\n\n{report.table()}\n"
-            card.save(path)
 
 
 def _answer_tokens(row: Any) -> int:

@@ -21,6 +21,7 @@ from hf_ext._modes import evaluating
 from hf_ext.registry import BAFT
 from hf_ext.trainers.baft.checks import active_adapter, check_datasets, check_run, check_settings, row_without_prompt
 from hf_ext.trainers.baft.config import BaftSettings, BaftTrainerConfig
+from hf_ext.trainers.cards import CardMixin
 from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
 from hf_ext.trainers.runs import default_folder
 from hf_ext.tuners.baft import BaftConfig, BaftLayer
@@ -232,7 +233,7 @@ class StopWhenLearnt(TrainerCallback):
             control.should_training_stop = True
 
 
-class BaftTrainer(BaftMixin, SFTTrainer):
+class BaftTrainer(CardMixin, BaftMixin, SFTTrainer):
     """Teach one edit, a fact or many, to a BaFT adapter (https://huggingface.co/papers/2503.00306).
 
     The loss is `SFTTrainer`'s on the answers, plus load balancing against earlier edits and, with `locality_dataset`, a penalty on weights at unrelated text. For

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from hf_ext._modes import evaluating
+from hf_ext.trainers.cards import CardMixin
 from hf_ext.trainers.flat.config import UnlearnConfig
 from hf_ext.trainers.flat.data import sequences, stack_sequences
 from hf_ext.trainers.flat.distributions import Head
@@ -29,7 +30,7 @@ from hf_ext.trainers.output_layer import base_of, drop_copied_patches, score_ans
 from hf_ext.trainers.references import NoReference
 
 
-class ReferenceTrainer(DPOTrainer):
+class ReferenceTrainer(CardMixin, DPOTrainer):
     """A `DPOTrainer` that holds no reference unless the loss reads one in every step.
 
     Attributes:

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer, is_conversational
 
 from hf_ext._compat import without_appended_eos
 from hf_ext.registry import OVERTONE
+from hf_ext.trainers.cards import CardMixin
 from hf_ext.trainers.output_layer import base_of, restore_forward
 from hf_ext.trainers.overtone.callbacks import OvertoneSaturationCallback
 from hf_ext.trainers.overtone.chunked import overtone_from_logits
@@ -82,7 +83,7 @@ class OvertoneMixin(_TrainerBase):
         super().log(logs, start_time)
 
 
-class OvertoneTrainer(OvertoneMixin, SFTTrainer):
+class OvertoneTrainer(CardMixin, OvertoneMixin, SFTTrainer):
     """Supervised fine-tuning with the OVERTONE loss, for knowledge editing (https://huggingface.co/papers/2502.00602).
 
     A drop-in for [`~trl.SFTTrainer`]: same datasets, PEFT, quantisation, packing and distributed engines. Training uses

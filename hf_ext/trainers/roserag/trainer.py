@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -18,6 +17,7 @@ from trl import DPOTrainer
 
 from hf_ext.pipelines.roserag.prompts import RagPrompts
 from hf_ext.registry import ROSERAG
+from hf_ext.trainers.cards import CardMixin
 from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
 from hf_ext.trainers.references import NoReference, complete_reference_adapter
 from hf_ext.trainers.roserag.config import RoseRAGConfig
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _FALLING = 5
 
 
-class RoseRAGTrainer(DPOTrainer):
+class RoseRAGTrainer(CardMixin, DPOTrainer):
     """Prefer right answers to wrong ones that the same passages led the model to, without a reference model.
 
     https://huggingface.co/papers/2502.10993. One forward per step, `DPOTrainer`'s own: its metrics, experts' load balancing, activation offloading and
@@ -152,16 +152,6 @@ class RoseRAGTrainer(DPOTrainer):
     def data_notes(self) -> tuple[str, ...]:
         """How the pairs were made, as `hf_ext.publish` and `build_card` tell it; empty if `RoseRAGDatasetBuilder` did not make them."""
         return () if self._built is None else self._built.sentences()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card, with how the pairs were made; arguments as there."""
-        super().create_model_card(*args, **kwargs)
-        if self.data_notes and self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "README.md"
-            card = ModelCard.load(path)
-            told = "\n".join(f"- {sentence}" for sentence in self.data_notes)
-            card.text = f"{card.text.rstrip()}\n\n## Preference data\n\n{told}\n"
-            card.save(path)
 
     # -- data --------------------------------------------------------------------------------------------------------
 

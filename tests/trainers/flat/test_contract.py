@@ -9,6 +9,7 @@ from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 
+from hf_ext.model_cards import validate
 from hf_ext.registry import FLAT
 from hf_ext.trainers.flat import FlatTrainer
 from hf_ext.trainers.flat.methods import METHODS
@@ -120,12 +121,13 @@ def test_card_names_the_paper_of_the_loss(tmp_path, name):
     trainer.create_model_card("run")
     card, method = (tmp_path / "README.md").read_text(), METHODS[name]
     link = f"[{method.paper.title}](https://huggingface.co/papers/{method.paper.id})"
-    assert f"This model was trained with {method.name}, a method introduced in {link}." in card
-    assert (f"Cite {method.name} as:" in card) == (name == "flat")
+    assert (
+        f"**{method.name}** ({link})" in card and f"eprint        = {{{method.paper.id}}}" in card
+    ) or name == "flat"
     others = {other.paper.id for other in METHODS.values()} | {DPOTrainer._paper["id"]}
     assert not [paper for paper in others - {method.paper.id} if paper in card]
     assert {"trl", "hf-ext", "unlearning", name} == set(trainer.model.model_tags)
-    assert all(f"- {tag}\n" in card for tag in trainer.model.model_tags)
+    assert all(f"- {tag}\n" in card for tag in trainer.model.model_tags) and validate(card).errors == []
 
 
 def test_epochs_reach_the_collator(tmp_path):

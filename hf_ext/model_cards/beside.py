@@ -1,0 +1,57 @@
+"""A card beside a model that a trainer or another program has written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import Trainer
+
+from hf_ext.model_cards.card import build_card
+from hf_ext.model_cards.markers import merge
+
+
+def write_card(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    before: str | None = None,
+    model_name: str | None = None,
+    tags: str | list[str] | None = None,
+    **card_arguments: Any,
+) -> None:
+    """Write the card of `trainer` to `folder/README.md`, through a temporary name.
+
+    Args:
+        before: the card to unite ours with; the one in the folder if absent.
+        model_name, tags: added to the metadata.
+        card_arguments: of `build_card`.
+    """
+    repo_id = card_arguments.pop("repo_id", trainer.hub_model_id)
+    card = build_card(trainer, repo_id=repo_id, **card_arguments)
+    if model_name is not None:
+        card.data["model_name"] = model_name
+    added = [tags] if isinstance(tags, str) else list(tags or ())
+    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags"), *added]))
+    readme = folder / "README.md"
+    if before is None and readme.is_file():
+        before = readme.read_text(encoding="utf-8")
+    if before:
+        card = merge(card, ModelCard(before, ignore_metadata_errors=True))
+    replace_text(readme, str(card))
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write all of `text`, or leave the file as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(scratch, file)
+    except BaseException:
+        os.unlink(scratch)
+        raise
