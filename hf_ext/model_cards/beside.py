@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer
 
 from hf_ext.model_cards.card import build_card
+from hf_ext.model_cards.facts import Artefact
 from hf_ext.model_cards.markers import merge
 
 
@@ -42,6 +44,18 @@ def write_card(
     if before:
         card = merge(card, ModelCard(before, ignore_metadata_errors=True))
     replace_text(readme, str(card))
+
+
+def write_remote_card(
+    artefact: Artefact, folder: Path, repo_id: str, token: str | None, **card_arguments: Any
+) -> None:
+    """Write the card of `artefact`, united with the one that `repo_id` has, into a folder that will be uploaded there."""
+    card = build_card(artefact, repo_id=repo_id, **card_arguments)
+    try:
+        existing = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)
+    except EntryNotFoundError:
+        existing = None
+    replace_text(folder / "README.md", str(merge(card, existing) if existing else card))
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
-from transformers import Trainer
 
-from hf_ext.model_cards.collect import Facts, collect
+from hf_ext.model_cards.base_model import BaseModel
+from hf_ext.model_cards.collect import collect
 from hf_ext.model_cards.cost import Cost, EmissionsData, read_cost
-from hf_ext.model_cards.loading import own_peft_method, snippet
+from hf_ext.model_cards.facts import Artefact, Facts
+from hf_ext.model_cards.loading import own_peft_method, snippet, without_us
 from hf_ext.model_cards.markers import BEGIN, END
 from hf_ext.model_cards.results import DatasetName, MetricsReport, Results, read_results
 from hf_ext.model_cards.running import NOT_RUN
 from hf_ext.model_cards.sections import UNSTATED
 from hf_ext.model_cards.unlearning import TAG, read_unlearning
 
-_NO_TRAINING = "The card was made from the model alone, which does not know how it was trained."
+_NO_TRAINING = {
+    "model": "The card was made from the model alone, which does not know how it was trained.",
+    "adapter": "The card was made from the adapter alone, which does not know how it was trained.",
+    "pipeline": "Nothing was trained for this pipeline; how its models were trained is told by their cards.",
+    "cache": "Nothing was trained.",
+}
 
 
 def build_card(
-    model_or_trainer: nn.Module | Trainer,
+    model_or_trainer: Artefact,
     *,
     method: str | list[str] | None = None,
     base_model: str | None = None,
@@ -52,8 +57,8 @@ def build_card(
     """A complete card: every sentence is a fact, or says that something was not stated or not measured.
 
     Args:
-        model_or_trainer: a `PeftModel`, a transformers model or a `Trainer`. A trainer knows more: settings, losses,
-            data, cost.
+        model_or_trainer: a `PeftModel`, a transformers model or a `Trainer`, which knows more: settings, losses, data, cost.
+            Also a pipeline of diffusers, a `SQuatCache`, or the folder of any saved model, adapter or pipeline.
         method: slug(s) of the registry, e.g. `"roselora"`. Found from the PEFT type and the trainer class if absent.
         base_model: Hub id of the base model. Found if the base was loaded from the Hub; needed if it was loaded from
             a folder that does not name its origin.
@@ -113,10 +118,10 @@ def build_card(
         adapter=facts.adapter,
         merged=facts.merged,
         snippet=snippet(facts, repo_id),
-        snippet_note=" ".join([*_export_note(facts), NOT_RUN]),
+        snippet_note="\n\n".join([*_other_ways(facts, repo_id), NOT_RUN]),
         datasets=[dataset.words for dataset in named],
         training=facts.training,
-        no_training=_NO_TRAINING,
+        no_training=_NO_TRAINING[facts.kind],
         results=results,
         testing_data=_testing_data(facts, results, given=metrics is not None),
         factors=_factors(results, _text(factors)),
@@ -143,7 +148,7 @@ def _metadata(
     more = {**license_data, **({"co2_eq_emissions": emissions} if emissions else {})}
     return ModelCardData(
         base_model=facts.base.id,
-        library_name="peft" if facts.adapter else "transformers",
+        library_name=facts.library,
         pipeline_tag=facts.pipeline_tag,
         language=language,
         datasets=[dataset.id for dataset in datasets] or None,
@@ -215,13 +220,20 @@ def _caveats(facts: Facts, given: str | list[str] | None) -> list[str]:
 
 
 def _no_method(facts: Facts) -> str:
+    if facts.kind == "pipeline":
+        return "The pipeline is not one of `hf_ext`."
     if facts.adapter:
         return f"The adapter type `{facts.adapter.peft_type}` is PEFT's own; no other method was involved."
     return "No method of `hf_ext` was involved."
 
 
-def _export_note(facts: Facts) -> list[str]:
-    ours = own_peft_method(facts)
+def _other_ways(facts: Facts, repo_id: str | None) -> list[str]:
+    """To load it without this package."""
+    ours, code = own_peft_method(facts), without_us(facts, repo_id)
+    if code is not None:
+        return [
+            f"Without hf_ext, the same code is in `pipeline.py` here; read it before you trust it:\n\n```python\n{code}\n```"
+        ]
     if ours is None or ours.lora_export is None:
         return []
     return [f"`{ours.lora_export}` writes a LoRA adapter with the same outputs, which loads without `hf_ext`."]
@@ -248,39 +260,50 @@ def _card_tags(facts: Facts, unlearned: bool) -> list[str]:
 
 
 def _base_name(facts: Facts) -> str:
-    return facts.base.id or f"a local {facts.architecture} checkpoint"
+    return facts.base.id or (
+        f"a local {facts.architecture} checkpoint" if facts.architecture else "a local checkpoint"
+    )
 
 
 def _title(facts: Facts) -> str:
     names = " + ".join(method.name for method in facts.methods)
     if facts.adapter:
         return f"{names or facts.adapter.peft_type} adapter for {_base_name(facts)}"
+    if facts.kind == "pipeline":
+        return facts.architecture + (f" with {facts.base.id}" if facts.base.id else "")
+    if facts.kind == "cache":
+        return f"{names} cache for {facts.base.id or 'a local checkpoint'}"
     return f"{_base_name(facts)}, fine-tuned" + (f" with {names}" if names else "")
 
 
 def _summary(facts: Facts) -> str:
     names = " and ".join(f"[{method.name}]({method.paper_url})" for method in facts.methods)
     made = f", made with {names}" if names else ""
+    size = f" with {facts.parameters:,} parameters" if facts.parameters else ""
+    if facts.kind == "pipeline":
+        return f"A pipeline of diffusers, `{facts.architecture}`,{size or ' saved as a folder'}{made}."
+    if facts.kind == "cache":
+        return f"A prompt that {_base_name(facts)} has read, as a key-value cache: `{facts.architecture}`{made}."
     if facts.adapter is None:
-        return f"A fine-tuned `{facts.architecture}` with {facts.parameters:,} parameters{made}."
+        return f"A fine-tuned `{facts.architecture}`{size}{made}."
+    told = f"A PEFT adapter of type `{facts.adapter.peft_type}` for {_base_name(facts)}{made}."
+    told += f" It adds {facts.adapter.parameters:,} parameters"
+    if facts.parameters is None:
+        return told + "."
     share = facts.adapter.parameters / max(1, facts.parameters - facts.adapter.parameters)
-    return (
-        f"A PEFT adapter of type `{facts.adapter.peft_type}` for {_base_name(facts)}{made}. It adds "
-        f"{facts.adapter.parameters:,} parameters, {share:.2%} of the base model's."
-    )
+    return f"{told}, {share:.2%} of the base model's."
 
 
 def _details(facts: Facts, license_data: dict[str, Any], developers: str | None) -> dict[str, str]:
     """Rows of the first table."""
-    base = f"[{facts.base.id}](https://huggingface.co/{facts.base.id})" if facts.base.id else "local checkpoint"
-    if facts.base.commit:
-        base += f" at commit `{facts.base.commit}`"
-    if facts.base.id is None:
-        base += f", sha256 `{facts.base.digest}`" if facts.base.digest else ", not identified"
     rows = {"Developed by": developers} if developers else {}
-    rows |= {"Base model": base, "Architecture": f"`{facts.architecture}`"}
+    if facts.base != BaseModel() or facts.adapter:
+        rows["Base model"] = _base_row(facts)
+    if facts.architecture:
+        rows["Architecture"] = f"`{facts.architecture}`"
     if facts.quantization:
         rows["Base model loaded as"] = facts.quantization
+    rows |= facts.rows
     if facts.adapter:
         rows |= {f"`{name}`": f"`{value}`" for name, value in facts.adapter.settings.items() if value}
         rows["Parameters of the adapter"] = f"{facts.adapter.parameters:,} ({facts.adapter.size / 1e6:.2f} MB)"
@@ -290,9 +313,18 @@ def _details(facts: Facts, license_data: dict[str, Any], developers: str | None)
     if facts.merged:
         settings = ", ".join(f"`{name}` {value}" for name, value in facts.merged.settings.items() if value)
         rows["Adapter, merged into the weights"] = f"`{facts.merged.peft_type}`: {settings}"
-    rows["Parameters in all"] = f"{facts.parameters:,}"
+    if facts.parameters:
+        rows["Parameters in all"] = f"{facts.parameters:,}"
     rows["Licence"] = str(license_data.get("license_name") or license_data.get("license") or "not stated")
     return {name: value.replace("|", "\\|") for name, value in rows.items()}
+
+
+def _base_row(facts: Facts) -> str:
+    base = facts.base
+    if base.id is None:
+        return "local checkpoint, " + (f"sha256 `{base.digest}`" if base.digest else "not identified")
+    told = f"[{base.id}](https://huggingface.co/{base.id})"
+    return f"{told} at commit `{base.commit}`" if base.commit else told
 
 
 def _duration(seconds: float) -> str:

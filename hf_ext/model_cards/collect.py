@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, PeftType, PromptLearningConfig, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -15,85 +13,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_ext._compat import has_injected_adapters
+from hf_ext.model_cards.artefacts import asked_methods, collect_artefact, is_cache, is_pipeline, versions_of
 from hf_ext.model_cards.base_model import BaseModel, identify
-from hf_ext.model_cards.training import TrainingFacts, as_text, changed_fields, own_fields, training_facts
+from hf_ext.model_cards.facts import AdapterFacts, Artefact, Facts, task_of
+from hf_ext.model_cards.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
+from hf_ext.model_cards.training import training_facts
 from hf_ext.model_cards.unlearning import unlearning_methods
 from hf_ext.registry import METHODS, Method
-from hf_ext.registry import method as method_named
 
 Model = PeftModel | PreTrainedModel
 
-_PIPELINE_TAGS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-    "IMAGE_CLS": "image-classification",
-}
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForImageClassification": "IMAGE_CLS",  # not one of PEFT's
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-# Said elsewhere in the card, or meaningless outside the run.
-_NOT_SETTINGS = frozenset(
-    {
-        *("task_type", "peft_type", "auto_mapping", "peft_version"),
-        *("base_model_name_or_path", "revision", "inference_mode"),
-    }
-)
-_LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """One adapter: its name in the model, PEFT type, settings that differ from the defaults, and size as saved."""
-
-    name: str
-    peft_type: str
-    settings: dict[str, str]
-    parameters: int
-    size: int
-    density: str | None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Everything the card can say about a model by itself.
-
-    Attributes:
-        adapter: what is published, if that is an adapter.
-        merged: the adapter whose update lies in the published weights.
-        trained_classes: number of classes of a classifier that is saved with the adapter; the base has to be loaded with as many.
-        tokenizer: where it lies: `"here"`, beside the weights, `"base"`, beside those of the base model, or nowhere that is known.
-    """
-
-    base: BaseModel
-    architecture: str
-    task_type: str | None
-    methods: tuple[Method, ...]
-    tags: tuple[str, ...]
-    adapter: AdapterFacts | None
-    merged: AdapterFacts | None
-    parameters: int
-    quantization: str | None
-    training: TrainingFacts | None
-    versions: dict[str, str]
-    trained_classes: int | None
-    tokenizer: str | None
-
-    @property
-    def pipeline_tag(self) -> str | None:
-        return _PIPELINE_TAGS.get(self.task_type or "")
-
 
 def collect(
-    model_or_trainer: nn.Module | Trainer,
+    model_or_trainer: Artefact,
     *,
     method: str | list[str] | None = None,
     base_model: str | None = None,
@@ -102,7 +34,8 @@ def collect(
     """Gather the facts.
 
     Args:
-        model_or_trainer: a `PeftModel`, a `PreTrainedModel` (with or without injected adapters) or a `Trainer` of either.
+        model_or_trainer: a `PeftModel`, a `PreTrainedModel` (with or without injected adapters), a `Trainer` of either, a pipeline of
+            diffusers, a `SQuatCache`, or the folder of a saved model, adapter or pipeline.
         method: slug(s) from the registry; found from the PEFT type and the trainer's tags when absent.
         base_model: Hub id of the base model, when it was loaded from a folder.
         merged: describe the weights with the adapter merged into them.
@@ -111,6 +44,10 @@ def collect(
         ValueError: an argument is of another kind, holds several adapters, a slug is unknown, or there is nothing to
             merge.
     """
+    if is_pipeline(model_or_trainer) or is_cache(model_or_trainer) or isinstance(model_or_trainer, str | Path):
+        if merged:
+            raise ValueError("merged=True needs a PeftModel or its trainer; leave it out.")
+        return collect_artefact(model_or_trainer, asked_methods(method), base_model)
     trainer = model_or_trainer if isinstance(model_or_trainer, Trainer) else None
     model = unwrapped_model(model_or_trainer)
     config = adapter_config(model)
@@ -121,6 +58,7 @@ def collect(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     base = _base(core, config, base_model)
     return Facts(
+        kind="adapter" if adapter and not merged else "model",
         base=base,
         architecture=type(core).__name__,
         task_type=_task_type(core, config),
@@ -131,7 +69,7 @@ def collect(
         parameters=parameters - adapter.parameters if adapter and merged else parameters,
         quantization=_quantization(core),
         training=training_facts(trainer) if trainer else None,
-        versions=_versions(trainer is not None),
+        versions=versions_of("peft", *(("trl", "datasets", "accelerate") if trainer else ())),
         trained_classes=_trained_classes(core, config),
         tokenizer=_tokenizer(trainer, base, published_whole=config is None or merged),
     )
@@ -162,8 +100,8 @@ def unwrapped_model(model_or_trainer: Any) -> Model:
         model = model.accelerator.unwrap_model(model.model)
     if not isinstance(model, PeftModel | PreTrainedModel):
         raise ValueError(
-            f"model_or_trainer is a {type(model_or_trainer).__name__}; give a PeftModel, a transformers model or a "
-            "transformers Trainer."
+            f"model_or_trainer is a {type(model_or_trainer).__name__}; give a PeftModel, a transformers model or "
+            "Trainer, a diffusers pipeline, a SQuatCache or a folder."
         )
     return model
 
@@ -233,20 +171,22 @@ def _task_type(core: nn.Module, config: PeftConfig | None) -> str | None:
     if config is not None and config.task_type is not None:
         return TaskType(config.task_type).value
     name = type(core).__name__
-    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+    return task_of(name)
 
 
 def _methods(
     asked: str | list[str] | None, trainer: Trainer | None, core: nn.Module, config: PeftConfig | None
 ) -> tuple[Method, ...]:
-    if asked is not None:
-        try:
-            return tuple(method_named(slug) for slug in ([asked] if isinstance(asked, str) else asked))
-        except KeyError as error:
-            raise ValueError(f"method={asked!r}: {error.args[0]}.") from None
+    if (named := asked_methods(asked)) is not None:
+        return named
     tags = _tags(trainer, core)
     peft_type = PeftType(config.peft_type).value if config else None
-    found = tuple(m for m in METHODS if m.slug in tags or (m.peft_type is not None and m.peft_type == peft_type))
+    names = {cls.__name__ for cls in type(config).__mro__}
+    found = tuple(
+        m
+        for m in METHODS
+        if m.slug in tags or (m.peft_type is not None and m.peft_type == peft_type) or names & m.entry_points.keys()
+    )
     return found + unlearning_methods(tags)
 
 
@@ -269,7 +209,7 @@ def _adapter(model: Model, config: PeftConfig) -> AdapterFacts:
     return AdapterFacts(
         name=name,
         peft_type=peft_type,
-        settings=changed_fields(config, _NOT_SETTINGS, (*_LORA_SETTINGS, *own_fields(config))),
+        settings=changed_fields(config, NOT_SETTINGS, (*SHOWN_SETTINGS, *own_fields(config))),
         parameters=sum(tensor.numel() for tensor in state.values()),
         size=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         density=_density(model, name) if peft_type == "ROSELORA" else None,
@@ -289,14 +229,3 @@ def _quantization(core: nn.Module) -> str | None:
     config = core.config.to_dict().get("quantization_config") or {}
     bits = [text for key, text in (("load_in_4bit", "4-bit"), ("load_in_8bit", "8-bit")) if config.get(key)]
     return " ".join([as_text(config["quant_method"]), *bits]) if config else None
-
-
-def _versions(trained: bool) -> dict[str, str]:
-    names = ["hf-ext", "peft", "transformers", "torch", *(["trl", "datasets", "accelerate"] if trained else [])]
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {**found, "torch": torch.__version__}

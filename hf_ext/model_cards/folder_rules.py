@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
+
+from hf_ext.model_cards.tensors import headers
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}
@@ -36,18 +36,9 @@ def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], t
             yield "library-name", f"{name} is present, so library_name should be {library!r}, not {found!r}"
     stated = STATED_PARAMETERS.search(text)
     if folder is not None and ADAPTER in files and stated:
-        found = _parameters(folder / ADAPTER)
+        found, _ = headers(folder, ADAPTER)
         if found != int(stated[1].replace(",", "")):
             yield "adapter-size", f"the card says {stated[1]} parameters, {ADAPTER} holds {found:,}"
-
-
-def _parameters(file: Path) -> int:
-    """Numbers in the file, from its header; 0 if it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except SafetensorError:
-        return 0
 
 
 def _eval_results(name: str, file: Path) -> Findings:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_ext.model_cards.base_model import BaseModel
-from hf_ext.model_cards.collect import Facts
+from hf_ext.model_cards.facts import Facts
 from hf_ext.registry import METHODS, Method
 
 # Stands for the repository until `publish` knows its id: Python that works inside the saved folder.
@@ -36,6 +36,10 @@ def snippet(facts: Facts, repo_id: str | None) -> str:
         repo_id: where it is published; the snippet loads the current folder when absent.
     """
     name = HERE if repo_id is None else f'"{repo_id}"'
+    if facts.kind == "pipeline":
+        return _pipeline(facts, name)
+    if facts.kind == "cache":
+        return _cache(facts, name)
     auto_class = _AUTO_CLASSES.get(facts.task_type or "", "AutoModel")
     writes = facts.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and facts.tokenizer is not None
     classes = f"{auto_class}, AutoTokenizer" if writes else auto_class
@@ -60,6 +64,50 @@ def snippet(facts: Facts, repo_id: str | None) -> str:
     else:
         lines.append('print(f"{model.num_parameters():,} parameters")')
     return "\n".join(lines)
+
+
+def _pipeline(facts: Facts, name: str) -> str:
+    package = "hf_ext" if facts.methods else "diffusers"
+    return "\n".join(
+        [
+            f"from {package} import {facts.architecture}",
+            "",
+            f"name = {name}",
+            f"pipeline = {facts.architecture}.from_pretrained(name)",
+            "print(type(pipeline).__name__, sorted(pipeline.components))",
+        ]
+    )
+
+
+def without_us(facts: Facts, repo_id: str | None) -> str | None:
+    """How to load a pipeline of ours where hf_ext is not installed; `None` for everything else."""
+    if facts.kind != "pipeline" or not facts.methods:
+        return None
+    name = HERE if repo_id is None else f'"{repo_id}"'
+    return "\n".join(
+        [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"name = {name}",
+            'pipeline = DiffusionPipeline.from_pretrained(name, custom_pipeline="pipeline", trust_remote_code=True)',
+        ]
+    )
+
+
+def _cache(facts: Facts, name: str) -> str:
+    _, loaded = _base(facts, "AutoModelForCausalLM")
+    lines = [f"from hf_ext import {facts.architecture}", "from transformers import AutoModelForCausalLM", ""]
+    if facts.base.id is None:
+        lines.append('base_folder = "base"  # the folder of the base model described under "Model details"')
+    return "\n".join(
+        [
+            *lines,
+            f"name = {name}",
+            f"model = {loaded}",
+            f"cache = {facts.architecture}.from_pretrained(name, model.config)  # copy.deepcopy(cache) for every continuation",
+            'print(f"{cache.get_seq_length()} tokens")',
+        ]
+    )
 
 
 def _base(facts: Facts, auto_class: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from hf_ext.model_cards.base_model import file_digest
-from hf_ext.model_cards.collect import Facts
+from hf_ext.model_cards.facts import Facts
 from hf_ext.model_cards.probe import Probe
 from hf_ext.model_cards.running import SnippetRun
 

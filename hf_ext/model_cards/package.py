@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hf_ext.model_cards.artefacts import is_cache, is_pipeline
 from hf_ext.model_cards.base_model import REPO_ID, identify
 from hf_ext.model_cards.card import build_card
 from hf_ext.model_cards.collect import (
@@ -26,6 +28,7 @@ from hf_ext.model_cards.collect import (
     tokenizer_of,
     unwrapped_model,
 )
+from hf_ext.model_cards.facts import Artefact
 from hf_ext.model_cards.loading import HERE, local_names
 from hf_ext.model_cards.manifest import write_manifest
 from hf_ext.model_cards.markers import BEGIN, END, is_ours
@@ -43,7 +46,7 @@ class Accompanied(Protocol):
 
 
 def finished_card(
-    model_or_trainer: nn.Module | Trainer, card: ModelCard | None, merged: bool, arguments: dict[str, Any]
+    model_or_trainer: Artefact, card: ModelCard | None, merged: bool, arguments: dict[str, Any]
 ) -> ModelCard:
     """The given card, or one built from `arguments`; with markers, and with the repository's id in its code."""
     if card is None:
@@ -74,7 +77,7 @@ def tell_warnings(card: ModelCard, repo_id: str | None) -> None:
 
 
 def write_package(
-    model_or_trainer: nn.Module | Trainer,
+    model_or_trainer: Artefact,
     folder: Path,
     card: ModelCard,
     *,
@@ -105,7 +108,7 @@ def write_package(
             raise SnippetError("the card has no Python code that loads the model; add it, or pass run_snippet=False.")
         run = run_snippet(code, folder, local_names(facts.base, card.data.get("base_model"), repo_id))
         card = ModelCard(str(card).replace(NOT_RUN, run.note))
-    asked = record(written, questions) if probe is not False else None
+    asked = record(written, questions) if probe is not False and isinstance(written, nn.Module) else None
     write_manifest(folder, card, facts, asked, run)
     return card
 
@@ -138,8 +141,22 @@ def _eval_results(card: ModelCard, benchmarks: Mapping[str, str]) -> list[EvalRe
     return entries
 
 
-def write_model(model_or_trainer: nn.Module | Trainer, folder: Path, card: ModelCard, merged: bool) -> nn.Module:
-    """Weights as safetensors and configuration; the tokenizer too if a trainer has one. Returns the model that was written."""
+def write_model(model_or_trainer: Artefact, folder: Path, card: ModelCard, merged: bool) -> Any:
+    """Weights as safetensors and configuration; the tokenizer too if a trainer has one. Returns the model that was written.
+
+    Pipelines and caches are written by their own `save_pretrained`. A folder is there already.
+
+    Raises:
+        ValueError: a folder is given, or the parameters of a trainer are sharded.
+    """
+    if isinstance(model_or_trainer, str | os.PathLike):
+        raise ValueError(
+            f"model_or_trainer={str(model_or_trainer)!r}: a folder is written already; `write_card` puts a card into it."
+        )
+    if is_pipeline(model_or_trainer) or is_cache(model_or_trainer):
+        written: Any = model_or_trainer
+        written.save_pretrained(str(folder))
+        return written
     if isinstance(model_or_trainer, Trainer):
         if model_or_trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(

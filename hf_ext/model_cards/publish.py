@@ -19,9 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from torch import nn
-from transformers import Trainer
 
+from hf_ext.model_cards.facts import Artefact
 from hf_ext.model_cards.markers import merge
 from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
 
@@ -39,7 +38,7 @@ class PublishError(RuntimeError):
 
 
 def publish(
-    model_or_trainer: nn.Module | Trainer,
+    model_or_trainer: Artefact,
     repo_id: str,
     card: ModelCard | None = None,
     *,

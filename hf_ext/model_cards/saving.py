@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from torch import nn
-from transformers import Trainer
 
+from hf_ext.model_cards.facts import Artefact
+from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.markers import is_ours, merge
 from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
 
-# What models, adapters, tokenizers and cards consist of.
-_WRITTEN = {".md", ".json", ".safetensors", ".txt", ".jinja", ".model"}
-
 
 def save(
-    model_or_trainer: nn.Module | Trainer,
+    model_or_trainer: Artefact,
     folder: str | os.PathLike[str],
     card: ModelCard | None = None,
     *,
@@ -94,12 +91,8 @@ def save(
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether `save` wrote the folder and nobody put other kinds of files into it."""
+    """Whether `save` wrote the folder and nobody put other files into it."""
     readme = folder / "README.md"
-    if not readme.is_file() or not is_ours(readme.read_text(encoding="utf-8")):
+    if not readme.is_file() or not is_ours(readme.read_text(encoding="utf-8")) or not (folder / FILE).is_file():
         return False
-    return all(_is_written(path) for path in folder.iterdir())
-
-
-def _is_written(path: Path) -> bool:
-    return path.name == ".eval_results" if path.is_dir() else path.suffix in _WRITTEN
+    return set(files_of(folder)) <= set(read_manifest(folder)["files"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
 import platform
 import subprocess
@@ -17,8 +16,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_ext.model_cards.cost import Cost, measured_cost
-from hf_ext.model_cards.leaks import TOKEN, without_paths
 from hf_ext.model_cards.results import DataMaker, DatasetName, MetricsReport, Reporting
+from hf_ext.model_cards.settings import as_text, changed_fields, own_fields
 
 # The library's arguments that shape the model. The others say how a run is watched, stored and hosted, and one of them
 # holds an access token.
@@ -110,39 +109,6 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         train_dataset=dataset_name(trainer.train_dataset),
         eval_dataset=dataset_name(trainer.eval_dataset),
     )
-
-
-def changed_fields(config: Any, skip: frozenset[str], always: tuple[str, ...]) -> dict[str, str]:
-    """Fields of a dataclass that differ from their defaults, those in `always` in any case, as text for a table."""
-    told = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        if item.name not in skip and (item.name in always or value != default):
-            told[item.name] = as_text(value)
-    return told
-
-
-def own_fields(config: Any) -> tuple[str, ...]:
-    """Fields that a method of this package adds to a library's configuration: they are told even at their defaults."""
-    ours = [cls for cls in type(config).__mro__ if cls.__module__.startswith("hf_ext.")]
-    return tuple(name for cls in ours for name in vars(cls).get("__annotations__", ()))
-
-
-def as_text(value: Any) -> str:
-    """One line of text; sets sorted, numbers short, local paths and tokens removed."""
-    if value is None:
-        return "not set"
-    if isinstance(value, enum.Enum):
-        value = value.value
-    if isinstance(value, set | frozenset):
-        value = sorted(value)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(as_text, value))
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return TOKEN.sub("(removed)", without_paths(" ".join(text.split())))
 
 
 def dataset_name(dataset: Any) -> DatasetName | None:

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
+from transformers.utils import cached_file
 
 from hf_ext._compat import attention_name, has_latent_attention, layers_read_by_others
 from hf_ext.cache.squat import state, store
@@ -22,6 +23,8 @@ from hf_ext.cache.squat.attention import NAME
 from hf_ext.cache.squat.config import SQuatCacheConfig
 from hf_ext.cache.squat.handle import IN_USE, uncompiled
 from hf_ext.cache.squat.layer import SQuatLayer
+
+FILE = "squat_cache.safetensors"
 
 
 class SQuatCache(DynamicCache):
@@ -171,6 +174,30 @@ class SQuatCache(DynamicCache):
         cache = SQuatCache(config, **state.settings(path))
         state.restore(cache, path, device)
         return cache
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the cache into a folder that can be published, under the name that `from_pretrained` looks for."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / FILE)
+
+    @staticmethod
+    def from_pretrained(
+        folder_or_repo: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        device: torch.device | str = "cpu",
+        **hub_options: Any,
+    ) -> SQuatCache:
+        """The cache in a folder or in a repository of the Hub.
+
+        Args:
+            config: of the model that reads it.
+            hub_options: `revision`, `token`, `cache_dir`, ... as for a model.
+
+        Raises:
+            OSError: there is none.
+            ValueError: as `load`.
+        """
+        return SQuatCache.load(str(cached_file(folder_or_repo, FILE, **hub_options)), config, device)
 
 
 def _layers(config: PreTrainedConfig, settings: SQuatCacheConfig) -> list[Any]:

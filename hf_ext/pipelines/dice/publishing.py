@@ -9,32 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
-
-PAPER = "https://huggingface.co/papers/2410.08207"
-CARD = """---
-{metadata}
----
-
-# {name}
-
-{about}
-
-```python
-{with_us}
-```
-
-Without hf_ext, the same code is in `pipeline.py` here; read it before you trust it:
-
-```python
-{without_us}
-```
-
-Settings: {settings}.
-
-The method (DICE, {paper}) trains nothing. Full strength gives the input back; how much of the rest is kept, and how well an edit follows its prompt, depends on the model and should be measured.
-"""
+from huggingface_hub import create_repo, upload_folder
 
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr")
 
@@ -91,7 +66,9 @@ class Published:
         safe_serialization: bool = True,
         variant: str | None = None,
     ) -> Any:
-        """Upload the pipeline, its code and a card in one commit. A card that is there stays as it is.
+        """Upload the pipeline, its code and, with hf_ext, a card in one commit. What others wrote in a card stays.
+
+        `hf_ext.publish` takes what only its author can say of it, and runs the code in the card first.
 
         Args:
             repo_id: `namespace/name`; created if it does not exist.
@@ -100,11 +77,9 @@ class Published:
         repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            try:
-                card = ModelCard.load(repo, token=token)
-            except EntryNotFoundError:
-                card = self._card(repo)
-            card.save(Path(folder, "README.md"))
+            # Where this module was loaded from a repository, hf_ext may be missing, and the card there stays as it is.
+            if type(self).__module__.startswith("hf_ext."):
+                importlib.import_module("hf_ext.model_cards.beside").write_remote_card(self, Path(folder), repo, token)
             return upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -112,29 +87,6 @@ class Published:
                 token=token,
                 create_pr=create_pr,
             )
-
-    def _card(self, repo: str) -> ModelCard:
-        tags = ["hf-ext", "dice", "text-editing" if "text" in self._output_types else "image-editing"]
-        metadata = ModelCardData(library_name="diffusers", tags=tags)
-        settings = {name: value for name, value in self.config.items() if isinstance(value, (int, float, str))}
-        shown = ", ".join(f"`{name}` {value}" for name, value in settings.items() if not name.startswith("_"))
-        name = type(self).__name__
-        call = f'pipeline = {{}}.from_pretrained("{repo}"{{}})'
-        with_us = ["from hf_ext import " + name, "", call.format(name, "")]
-        trusting = ', custom_pipeline="pipeline", trust_remote_code=True'
-        without_us = ["from diffusers import DiffusionPipeline", "", call.format("DiffusionPipeline", trusting)]
-        about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
-        return ModelCard(
-            CARD.format(
-                metadata=metadata.to_yaml(),
-                name=name,
-                about=about,
-                with_us="\n".join(with_us),
-                without_us="\n".join(without_us),
-                settings=shown,
-                paper=PAPER,
-            )
-        )
 
 
 def own_source(cls: type) -> str | None:
