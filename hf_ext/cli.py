@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the methods")
     methods.set_defaults(command=_methods)
 
-    card = commands.add_parser("card", help="check the card and the files of a model folder before publishing it")
-    card.add_argument("folder")
-    card.set_defaults(command=_card)
+    _add_card(commands.add_parser("card", help="build, validate or verify the card of a folder or of a repository"))
 
     env = commands.add_parser("env", help="show versions, and whether PEFT knows our types")
     env.set_defaults(command=_env)
@@ -72,15 +70,41 @@ def _methods(options: argparse.Namespace) -> int:
     return 0
 
 
-def _card(options: argparse.Namespace) -> int:
-    from hf_ext.model_cards import validate
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True)
+    target = argparse.ArgumentParser(add_help=False)
+    target.add_argument("target", metavar="PATH_OR_REPO")
 
-    report = validate(options.folder)
-    for kind, findings in (("error", report.errors), ("warning", report.warnings)):
-        for finding in findings:
-            print(f"{kind}: {finding.rule}: {finding.message}")
-    print(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
-    return 1 if report.errors else 0
+    build = actions.add_parser(
+        "build", parents=[target], help="write a card, also for what was not made with hf_ext; what people wrote stays"
+    )
+    for name in ("base-model", "license", "evaluated-on", "intended-use", "out-of-scope", "factors", "ethics"):
+        build.add_argument(f"--{name}")
+    for name in ("developers", "contact", "title", "cost"):
+        build.add_argument(f"--{name}")
+    for name in ("method", "language", "datasets", "caveats"):
+        build.add_argument(f"--{name}", nargs="+")
+    build.add_argument("--metrics", metavar="FILE", help="JSON object of name: number")
+    build.add_argument("--output", metavar="FOLDER", help="write README.md there instead of into the folder itself")
+    build.add_argument("--push", action="store_true", help="commit the card of a repository; it is printed otherwise")
+    build.set_defaults(command=_card, action="build")
+
+    validate = actions.add_parser(
+        "validate", parents=[target], help="what the Hub would reject and a reader would miss"
+    )
+    validate.set_defaults(command=_card, action="check")
+
+    verify = actions.add_parser("verify", parents=[target], help="files, answers and code against what was recorded")
+    verify.add_argument("--base-model", help="folder or Hub id; what the card names if absent")
+    verify.add_argument("--run-snippet", action="store_true", help="run the code of the card; only if you trust it")
+    verify.set_defaults(command=_card, action="try_again")
+
+
+def _card(options: argparse.Namespace) -> int:
+    from hf_ext.model_cards import command
+
+    actions = {"build": command.build, "check": command.check, "try_again": command.try_again}
+    return actions[options.action](options)
 
 
 def _env(options: argparse.Namespace) -> int:

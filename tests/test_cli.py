@@ -78,7 +78,7 @@ def test_bad_arguments_are_named(capsys, tmp_path):
 
 def test_card_lists_what_is_wrong(tmp_path, capsys):
     (tmp_path / "README.md").write_text("---\nlicence: mit\n---\n[More Information Needed]\n")
-    assert main(["card", str(tmp_path)]) == 1
+    assert main(["card", "validate", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "error" in out and "licence" in out
 

@@ -107,14 +107,17 @@ def _pipeline(pipeline: Any, methods: tuple[Method, ...] | None, base_model: str
         versions=versions_of("diffusers"),
         parameters=parameters,
         rows=_component_rows({name: type(part).__name__ for name, part in components.items()}, settings),
-        task=_task(pipeline),
+        **_purpose(pipeline),
     )
 
 
-def _task(pipeline: Any) -> str | None:
+def _purpose(pipeline: Any) -> dict[str, Any]:
+    """Task and tags of a pipeline of ours."""
     if not isinstance(pipeline, Outputs):
-        return None
-    return "fill-mask" if "text" in pipeline._output_types else "image-to-image"
+        return {}
+    if "text" in pipeline._output_types:
+        return {"task": "fill-mask", "tags": ("text-editing",)}
+    return {"task": "image-to-image", "tags": ("image-editing",)}
 
 
 def _component_rows(components: dict[str, str], settings: dict[str, str]) -> dict[str, str]:

@@ -41,9 +41,7 @@ def write_card(
     readme = folder / "README.md"
     if before is None and readme.is_file():
         before = readme.read_text(encoding="utf-8")
-    if before:
-        card = merge(card, ModelCard(before, ignore_metadata_errors=True))
-    replace_text(readme, str(card))
+    replace_text(readme, str(united(card, before) if before else card))
 
 
 def write_remote_card(
@@ -56,6 +54,11 @@ def write_remote_card(
     except EntryNotFoundError:
         existing = None
     replace_text(folder / "README.md", str(merge(card, existing) if existing else card))
+
+
+def united(card: ModelCard, existing: str) -> ModelCard:
+    """`card` with what people wrote around it in the text of an existing one."""
+    return merge(card, ModelCard(existing, ignore_metadata_errors=True))
 
 
 def replace_text(file: Path, text: str) -> None:

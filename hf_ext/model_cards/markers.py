@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -27,11 +28,30 @@ def merge(ours: ModelCard, theirs: ModelCard) -> ModelCard:
     """
     text = _merge_text(_our_part(ours.text), theirs.text)
     data = {**ours.data.to_dict()}
-    for key, value in theirs.data.to_dict().items():
+    for key, value in _kept(theirs.data.to_dict()).items():
         data[key] = _united(data[key], value) if key in data else value
     merged = ModelCard(str(ours))
     merged.data, merged.text = ModelCardData(**data, ignore_metadata_errors=True), text
     return merged
+
+
+def _kept(data: dict[str, Any]) -> dict[str, Any]:
+    """Without what libraries leave and no person wants: a base model that is a path on somebody's machine, and a misspelt `licence`."""
+    kept = {key: value for key, value in data.items() if key != "licence"}
+    if not _are_ids(data.get("base_model")):
+        kept.pop("base_model", None)
+    if isinstance(data.get("tags"), list):
+        kept["tags"] = [
+            tag
+            for tag in data["tags"]
+            if not str(tag).startswith("base_model:") or _are_ids(str(tag).rpartition(":")[2])
+        ]
+    return kept
+
+
+def _are_ids(value: Any) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return all(isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in names)
 
 
 def _united(ours: Any, theirs: Any) -> Any:

@@ -76,9 +76,9 @@ def test_card_and_trust(hub):
     assert errors == [] and warnings == []
     assert card.data.library_name == "diffusers" and {"dice", "text-editing"} <= set(card.data.tags)
     for piece in (
-        'DiceTextEditPipeline.from_pretrained("user/dice")',
+        'name = "user/dice"\npipeline = DiceTextEditPipeline.from_pretrained(name)',
         "trust_remote_code=True",
-        "`lambda1` 0.7",
+        "| `lambda1` | `0.7` |",
         "2410.08207",
     ):
         assert piece in card.content, piece

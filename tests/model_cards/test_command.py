@@ -1,0 +1,109 @@
+"""`hf-ext card`: cards of folders that anybody saved, with the host libraries alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from hf_ext.cli import main
+from hf_ext.model_cards import build_card, score, validate
+from tests.conftest import make_tiny_llama
+from tests.model_cards.tiny import lora_model, tiny_tokenizer
+from tests.pipelines.dice.models import amused_parts
+
+
+@pytest.fixture
+def stock(tmp_path):
+    """An adapter as PEFT saves it, of a base in a folder: its card is a template with the folder's path."""
+    make_tiny_llama().save_pretrained(tmp_path / "secret")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "secret")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_build_replaces_a_template(stock, capsys):
+    (stock / "results.json").write_text(json.dumps({"accuracy": 0.5}))
+    words = [
+        "--license",
+        "mit",
+        "--base-model",
+        "user/base",
+        "--metrics",
+        str(stock / "results.json"),
+        "--caveats",
+        "One.",
+        "Two.",
+    ]
+    assert main(["card", "build", str(stock), *words]) == 0
+    out = capsys.readouterr().out
+    assert "README.md" in out and "warning: section-intended-use" in out and out.endswith("warnings\n")
+    card = ModelCard.load(stock / "README.md")
+    assert card.data.base_model == "user/base" and "| `r` | `3` |" in card.text and "- One.\n- Two." in card.text
+    assert "secret" not in str(card) and validate(stock).errors == [] and all(score(card).values())
+    assert "| Parameters of the adapter | 1,344 " in card.text
+    (stock / "README.md").write_text(str(card) + "\nOur note.\n")
+    assert main(["card", "build", str(stock), "--license", "apache-2.0"]) == 0
+    assert (stock / "README.md").read_text().endswith("Our note.\n")
+
+
+def test_errors_write_nothing(stock, capsys):
+    before = (stock / "README.md").read_text()
+    assert main(["card", "build", str(stock), "--license", "free"]) == 1
+    assert "error: license" in capsys.readouterr().out
+    for words, message in (
+        ([str(stock), "--metrics", "absent.json"], "--metrics absent.json"),
+        (["a b"], "neither a folder nor a Hub id"),
+        ([str(stock.parent)], "no folder with adapter_config.json"),
+    ):
+        assert main(["card", "build", *words]) == 2
+        assert message in capsys.readouterr().err
+    (stock / "adapter_model.safetensors").write_bytes(b"1")
+    assert main(["card", "build", str(stock)]) == 2
+    assert "adapter_model.safetensors is damaged" in capsys.readouterr().err
+    assert (stock / "README.md").read_text() == before
+
+
+def test_another_folder_for_the_card(stock, tmp_path):
+    before = (stock / "README.md").read_text()
+    assert main(["card", "build", str(stock), "--output", str(tmp_path / "card"), "--license", "mit"]) == 0
+    assert (tmp_path / "card" / "README.md").is_file() and (stock / "README.md").read_text() == before
+
+
+def test_a_full_model(tmp_path):
+    for part in (make_tiny_llama(), tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    card = build_card(tmp_path, license="mit")
+    parameters = sum(parameter.numel() for parameter in make_tiny_llama().parameters())
+    assert f"A fine-tuned `LlamaForCausalLM` with {parameters:,} parameters" in card.text
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert "model.generate" in card.text
+
+
+def test_a_pipeline_of_diffusers(tmp_path):
+    from diffusers import AmusedPipeline
+
+    pipeline = AmusedPipeline(**amused_parts())
+    pipeline.save_pretrained(tmp_path)
+    for card in (build_card(tmp_path, license="mit"), build_card(pipeline, license="mit")):
+        assert card.data.library_name == "diffusers" and "# AmusedPipeline\n" in card.text
+        assert "`scheduler` (AmusedScheduler)" in card.text and "from diffusers import AmusedPipeline" in card.text
+        assert all(score(card).values()) and validate(card).errors == []
+
+
+def test_validate_and_verify(tmp_path, capsys):
+    from hf_ext.model_cards import save
+
+    folder = save(lora_model(), tmp_path / "adapter", license="mit")
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    assert main(["card", "validate", str(folder)]) == 0
+    assert "0 errors" in capsys.readouterr().out
+    assert main(["card", "verify", str(folder), "--base-model", str(tmp_path / "base")]) == 0
+    assert "holds: answers: 32 as recorded" in capsys.readouterr().out
+    (folder / "adapter_config.json").write_text("{}")
+    assert main(["card", "verify", str(folder), "--base-model", str(tmp_path / "base")]) == 1
+    assert "FAILS: files: changed adapter_config.json" in capsys.readouterr().out
+    assert main(["card", "verify", str(tmp_path)]) == 2
