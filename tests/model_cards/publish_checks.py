@@ -7,10 +7,12 @@ import runpy
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, metadata_update
+import yaml
+from huggingface_hub import HfApi, ModelCard, metadata_update, parse_eval_result_entries
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hf_ext.cli import main
 from hf_ext.model_cards import PublishError, build_card, check_adapter, publish
 from tests.conftest import make_tiny_llama
 from tests.hub.fixtures import ROOT
@@ -299,6 +301,36 @@ def test_card_written_by_hand(hub, repo_id):
     stored = hub.repos["models", repo_id]
     assert stored.files()["README.md"].count(b"# By hand") == 1
     assert len(stored.commits) == 2
+
+
+def test_the_command_on_a_repository(hub, base, repo_id, capsys):
+    """A stock push, as others made it, gets a card; what we published is verified."""
+    lora_model().push_to_hub(repo_id)
+    assert main(["card", "validate", repo_id]) == 0
+    assert "warning: placeholder" in capsys.readouterr().out
+    words = ["--base-model", base, "--license", "mit", "--push"]
+    assert main(["card", "build", repo_id, *words]) == 0
+    assert f"{hub.endpoint}/{repo_id}" in capsys.readouterr().out
+    remote = HfApi().model_info(repo_id)
+    assert (remote.library_name, remote.card_data.base_model) == ("peft", base)
+    assert "More Information Needed" not in ModelCard.load(repo_id).text
+    publish(lora_model(), f"{repo_id}-ours", **MADE_UP)
+    assert main(["card", "verify", f"{repo_id}-ours"]) == 0
+    assert "32 as recorded, bit by bit" in capsys.readouterr().out
+    assert main(["card", "verify", repo_id]) == 2
+    assert "hf_ext_card.json is missing" in capsys.readouterr().err
+
+
+def test_results_of_a_benchmark(hub, repo_id):
+    """Both formats: the model index, and the file that the benchmark's leaderboard reads."""
+    arguments = {**MADE_UP, "evaluated_on": "cais/hle@abc", "metrics": {"accuracy": 0.5}}
+    publish(lora_model(), repo_id, benchmarks={"default": "accuracy"}, **arguments)
+    stored = hub.repos["models", repo_id].files()[".eval_results/results.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(stored))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("cais/hle", "default", 0.5)
+    assert ModelCard.load(repo_id).data.eval_results[0].dataset_revision == "abc"
+    with pytest.raises(ValueError, match=r"benchmarks\['default'\]='f1' is no result of the card"):
+        publish(lora_model(), repo_id, benchmarks={"default": "f1"}, **arguments)
 
 
 def test_nothing_is_left_on_disk(hub, published, repo_id, tmp_path, monkeypatch):
