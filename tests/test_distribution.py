@@ -12,6 +12,7 @@ import tomllib
 import venv
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,16 @@ json.dump([problems, codes, files, hf_ext.__version__], open("found.json", "w"))
         library, extra = re.fullmatch(r'(\w+) is not installed: pip install "hf-ext\[(\w+)\]"', problem).groups()
         assert library in {Requirement(line).name for line in PROJECT["optional-dependencies"][extra]}
     assert problems["OvertoneTrainer"] and problems["DiceTextEditPipeline"]
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """`make test-min` runs with what pyproject.toml promises."""
+    lines = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    bounds = {
+        f"{canonicalize_name(one.name)}=={part.version}"
+        for one in map(Requirement, lines)
+        for part in one.specifier
+        if part.operator == ">="
+    }
+    oldest = (ROOT / "constraints-min.txt").read_text().splitlines()
+    assert {line for line in oldest if not line.startswith("#")} == bounds
