@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test style quality bench docs clean
+.PHONY: demo test test-min style quality bench docs dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-ext demo
@@ -15,6 +15,10 @@ demo: $(VENV)/.demo
 # Two processes with a thread each: most models here are too small for a second thread to help.
 test: $(VENV)/.dev quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist worksteal
+
+# The quick tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-min: .venv-min/.dev
+	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -m "not gpu and not slow and not real_model" --numprocesses 2 --dist worksteal
 
 # Rewrites: formatting, fixable lint, the generated tables of README and docs.
 style: $(VENV)/.dev docs
@@ -34,6 +38,11 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run_all
 
+# What is published: the sdist, and the wheel that is built from it.
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -49,5 +58,10 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	touch $@
 
+.venv-min/.dev: pyproject.toml constraints-min.txt
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-min.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-min build dist *.egg-info

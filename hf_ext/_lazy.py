@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+# Libraries that modules of ours import at their top, and the extra that brings them.
+_EXTRAS = {"datasets": "trl", "trl": "trl"}
+
 
 def lazy_attributes(
     namespace: dict[str, Any], modules: Mapping[str, str]
@@ -16,13 +19,21 @@ def lazy_attributes(
     Args:
         namespace: its `globals()`, which keep a name once it is imported.
         modules: public name -> the module that defines it, absolute or relative to the package (`".config"`).
+
+    Raises:
+        ImportError: later, when a name is used that needs a library that is not installed; the message names the extra that brings it.
     """
     package = namespace["__name__"]
 
     def load(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(modules[name], package), name)
+        try:
+            value = getattr(importlib.import_module(modules[name], package), name)
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRAS:
+                raise
+            raise _missing(error.name, _EXTRAS[error.name]) from error
         namespace[name] = value
         return value
 
@@ -41,4 +52,8 @@ def optional_import(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f'{name.split(".")[0]} is not installed: pip install "hf-ext[{extra}]"') from error
+        raise _missing(name.split(".")[0], extra) from error
+
+
+def _missing(library: str, extra: str) -> ImportError:
+    return ImportError(f'{library} is not installed: pip install "hf-ext[{extra}]"')

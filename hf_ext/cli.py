@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from hf_ext._lazy import optional_import
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse `arguments` (the command line if None), run the command, and return its exit code."""
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     if options.steps is not None and options.steps < 1:
         raise ValueError(f"--steps {options.steps}: give at least one step, or leave it out.")
+    optional_import("trl", "demo")
     from hf_ext.demo.run import run
 
     return run(options.model, options.edits, options.output, options.push, options.steps, options.seed)

@@ -41,6 +41,7 @@ ARROWS = {
         "model_cards",
         "demo",
         "_compat",
+        "_lazy",
         "registry",
     },
     "__init__": {"_lazy", "registry", "tuners", "pipelines"},

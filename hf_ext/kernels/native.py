@@ -31,16 +31,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "off (HF_EXT_NATIVE=0)"
     reason = "not compiled: no C++ compiler was found when hf-ext was installed"
     for variant in VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("generic",)):
-        for path in sorted(Path(__file__).parent.glob(f"_native_{variant}.*")):
-            try:
-                library = ctypes.CDLL(str(path))
-                for name, arguments in _FUNCTIONS.items():
-                    getattr(library, name).argtypes = arguments
-                    getattr(library, name).restype = None
-            except (OSError, AttributeError) as error:
-                reason = f"{path.name} cannot be used ({error}); install hf-ext again"
-                continue
-            return library, variant
+        path = Path(__file__).with_name(f"_native_{variant}.so")
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            for name, arguments in _FUNCTIONS.items():
+                getattr(library, name).argtypes = arguments
+                getattr(library, name).restype = None
+        except (OSError, AttributeError) as error:
+            reason = f"{path.name} cannot be used ({error}); install hf-ext again"
+            continue
+        return library, variant
     return None, reason
 
 

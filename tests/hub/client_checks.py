@@ -6,7 +6,6 @@ import os
 import time
 from pathlib import Path
 
-import httpx2
 import pytest
 from huggingface_hub import (
     EvalResult,
@@ -14,7 +13,6 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     hf_hub_download,
-    metadata_update,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -23,6 +21,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from tests.hub.fixtures import put_card
+
+try:
+    import httpx2 as httpx
+except ImportError:  # huggingface_hub 1
+    import httpx
 
 CARD = "---\nlicense: mit\ntags:\n- a\n---\n# Title\n"
 
@@ -113,10 +118,10 @@ def test_download(api, hub, repo, folder, tmp_path):
 def test_range_request(hub, api, repo):
     api.upload_file(path_or_fileobj=b"0123456789", path_in_repo="digits.bin", repo_id=repo)
     url = f"{hub.endpoint}/{repo}/resolve/main/digits.bin"
-    part = httpx2.get(url, headers={"Range": "bytes=4-6"})
+    part = httpx.get(url, headers={"Range": "bytes=4-6"})
     assert (part.status_code, part.content, part.headers["Content-Range"]) == (206, b"456", "bytes 4-6/10")
-    assert httpx2.get(url, headers={"Range": "bytes=8-"}).content == b"89"
-    assert httpx2.get(url, headers={"Range": "bytes=10-"}).status_code == 416
+    assert httpx.get(url, headers={"Range": "bytes=8-"}).content == b"89"
+    assert httpx.get(url, headers={"Range": "bytes=10-"}).status_code == 416
 
 
 def test_tree_and_paths_info(api, repo, folder):
@@ -172,8 +177,10 @@ def test_card_and_metadata(api, repo):
         model_name="m",
         eval_results=[EvalResult("text-generation", "user/d", "D", "accuracy", 0.5)],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n# Title\n").push_to_hub(repo)
-    metadata_update(repo, {"tags": ["later"]})
+    put_card(ModelCard(f"---\n{data.to_yaml()}\n---\n# Title\n"), repo)
+    card = ModelCard.load(repo)
+    card.data.tags = ["later"]
+    put_card(card, repo)
     info = api.model_info(repo)
     assert info.card_data.license == "mit" and info.tags == ["later"]
     assert info.card_data.eval_results[0].metric_value == 0.5
@@ -238,14 +245,14 @@ def test_client_waits_and_retries_after_429(api, hub, repo):
 def test_dropped_request_changes_nothing(api, hub, repo):
     before = hub.repos["models", repo].resolve("main").sha
     hub.faults.add("POST .*/commit/", drop="request")
-    with pytest.raises(httpx2.TransportError):
+    with pytest.raises(httpx.TransportError):
         put(api, repo)
     assert hub.repos["models", repo].resolve("main").sha == before
 
 
 def test_dropped_response_has_taken_effect(api, hub, repo):
     hub.faults.add("POST .*/commit/", drop="response")
-    with pytest.raises(httpx2.TransportError):
+    with pytest.raises(httpx.TransportError):
         put(api, repo)
     assert hub.repos["models", repo].files()["a.bin"] == b"new"
 

@@ -8,14 +8,14 @@ import runpy
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, ModelCard, metadata_update, parse_eval_result_entries
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_ext.cli import main
 from hf_ext.model_cards import PublishError, build_card, check_adapter, publish
 from tests.conftest import make_tiny_llama
-from tests.hub.fixtures import ROOT
+from tests.hub.fixtures import ROOT, put_card
 from tests.hub.store import Blob
 from tests.model_cards.tiny import BASE, lora_model, roselora_model, tiny_tokenizer
 
@@ -95,8 +95,9 @@ def test_human_edits_survive(published, repo_id):
         card.text.replace("\n<!-- hf_ext:begin", "\nRead me first.\n\n<!-- hf_ext:begin") + "\nThanks to all.\n"
     )
     card.text = card.text.replace("How to get started", "VANDALISED")
-    card.push_to_hub(repo_id)
-    metadata_update(repo_id, {"thumbnail": "x.png", "tags": [*card.data.tags, "mine"]}, overwrite=True)
+    card.data.thumbnail = "x.png"
+    card.data.tags.append("mine")
+    put_card(card, repo_id)
     publish(lora_model(), repo_id, **MADE_UP)
     found = ModelCard.load(repo_id)
     assert found.text.startswith("\nRead me first.\n\n<!-- hf_ext:begin") and found.text.endswith("\nThanks to all.\n")
@@ -279,7 +280,7 @@ def test_wrong_token(hub, repo_id, token, message):
 def test_damaged_markers(published, repo_id):
     card = ModelCard.load(repo_id)
     card.text = card.text.replace("<!-- hf_ext:end card -->", "")
-    card.push_to_hub(repo_id)
+    put_card(card, repo_id)
     before = published.resolve("main")
     with pytest.raises(PublishError, match="restore the markers"):
         publish(lora_model(), repo_id, **MADE_UP)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import get_dataset_config_names, load_dataset
+from hf_ext._lazy import optional_import
 
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
 # What a row of TOFU calls the fields of a row of ours.
@@ -33,6 +33,7 @@ def load_tofu(
 
     Raises:
         ValueError: an unknown split, or a `limit` below 1.
+        ImportError: datasets is not installed.
     """
     if forget not in FORGET_SPLITS:
         raise ValueError(f"forget={forget!r} is no split of TOFU: choose one of {', '.join(FORGET_SPLITS)}.")
@@ -47,14 +48,17 @@ def load_tofu(
         "world_facts": "world_facts_perturbed",
     }
     # The holdout rows are younger than the other files.
-    if holdout not in get_dataset_config_names(str(source)):
+    datasets = optional_import("datasets", "unlearning")
+    if holdout not in datasets.get_dataset_config_names(str(source)):
         del names["holdout"]
-    return {split: _rows(str(source), name, as_prompt, limit) for split, name in names.items()}
+    split = "train" if limit is None else f"train[:{limit}]"
+    return {
+        part: _rows(datasets.load_dataset(str(source), name, split=split), as_prompt) for part, name in names.items()
+    }
 
 
-def _rows(source: str, name: str, as_prompt: Callable[[str], Any], limit: int | None) -> list[dict[str, Any]]:
+def _rows(data: Iterable[Mapping[str, Any]], as_prompt: Callable[[str], Any]) -> list[dict[str, Any]]:
     """Without ids: rows are numbered, as in the logs of open-unlearning."""
-    data = load_dataset(source, name, split="train" if limit is None else f"train[:{limit}]")
     found = []
     for row in data:
         fields = {ours: row[theirs] for ours, theirs in _FIELDS.items() if row.get(theirs) is not None}

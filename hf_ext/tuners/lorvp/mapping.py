@@ -42,7 +42,9 @@ def optimal_mapping(counts_ST: Tensor) -> Tensor:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("assignment='optimal' needs scipy: pip install scipy, or choose 'greedy'.") from error
+        raise ImportError(
+            "assignment='optimal' needs scipy: pip install \"hf-ext[vision]\", or choose 'greedy'."
+        ) from error
     sources, targets = linear_sum_assignment(counts_ST.cpu().numpy(), maximize=True)
     mapping_T = torch.empty(counts_ST.shape[1], dtype=torch.long)
     mapping_T[torch.as_tensor(targets)] = torch.as_tensor(sources)

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from tests.hub.card_rules import problems
+from tests.hub.fixtures import put_card
 from tests.pipelines.dice.kinds import KINDS, inverted, seeded
 
 # Without hf_ext: importing it fails as where it is not installed.
@@ -84,7 +85,7 @@ def test_card_and_trust(hub):
         assert piece in card.content, piece
     # What people write stays.
     card.content += "\nBy hand."
-    card.push_to_hub("user/dice")
+    put_card(card, "user/dice")
     pipe.push_to_hub("user/dice")
     assert ModelCard.load("user/dice").content.endswith("By hand.")
     code = BLOCKED + "from diffusers import DiffusionPipeline\nDiffusionPipeline.from_pretrained('user/dice'{})"
