@@ -41,10 +41,9 @@ class PeftArguments:
         """
         if self.peft is None and own is None:
             return None
-        values = self.peft or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"peft={values!r} is a {type(values).__name__}; give a mapping of names to values.")
-        values = dict(values)
+        if not isinstance(self.peft, dict | None):
+            raise ValueError(f"peft={self.peft!r} is no mapping of names to values.")
+        values = dict(self.peft or {})
         named = values.pop("peft_type", own)
         types = {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if named is None:

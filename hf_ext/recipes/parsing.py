@@ -57,7 +57,8 @@ def parse(slug: str, method: Trained, arguments: Sequence[str]) -> tuple[dict[ty
     if nested:
         if "peft" not in known:
             raise ValueError(f"{_NESTED}{next(iter(nested))}: {slug} trains no adapter; leave it out.")
-        recipe["peft"] = {**(recipe.get("peft") or {}), **nested}
+        if isinstance(recipe.get("peft"), dict | None):
+            recipe["peft"] = {**(recipe.get("peft") or {}), **nested}
     values = _checked(recipe, known, options.config or "command line")
     parser.set_defaults_with_config(**values)
     *found, left = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
@@ -97,7 +98,7 @@ def _checked(recipe: dict[str, Any], known: dict[str, tuple[type, Any]], where: 
     # TRL's recipes set environment variables so.
     environment = recipe.pop("env", None) or {}
     if not isinstance(environment, dict):
-        raise ValueError(f"{where}: env={environment!r}; give a mapping of variables to values.")
+        raise ValueError(f"{where}: env={environment!r} is no mapping of variables to values.")
     if isinstance(recipe.get("resume_from_checkpoint"), bool):
         recipe["resume_from_checkpoint"] = str(recipe["resume_from_checkpoint"])
     values = {}

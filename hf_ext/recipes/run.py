@@ -33,8 +33,9 @@ def train(slug: str, arguments: Sequence[str]) -> int:
     args, model = parsed[resolve(method.config)], parsed[ModelConfig]
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     options = _options(method, parsed, given, resume)
+    embedded = model.model_name_or_path == EMBEDDED
     with args.main_process_first():
-        source = str(embedded_model()) if model.model_name_or_path == EMBEDDED else model.model_name_or_path
+        source = str(embedded_model()) if embedded else model.model_name_or_path
     with _leaving_nothing(Path(args.output_dir)):
         trainer = resolve(method.trainer)(source, args, **options)
     trainer.train(resume_from_checkpoint=resume)
@@ -44,10 +45,8 @@ def train(slug: str, arguments: Sequence[str]) -> int:
         trainer.push_to_hub()
     else:
         trainer.save_model()
-    _write_card(
-        trainer, {"base_model": EMBEDDED_MODEL_ID, "license": "gemma"} if source != model.model_name_or_path else {}
-    )
-    trainer.end()
+    _write_card(trainer, embedded)
+    _end(trainer)
     return 0
 
 
@@ -115,10 +114,11 @@ def _data(method: Trained, parsed: dict[type, Any], given: set[str]) -> dict[str
     return train_and_eval(script, mixture, evaluates, forms)
 
 
-def _write_card(trainer: Any, origin: dict[str, str]) -> None:
+def _write_card(trainer: Any, embedded: bool) -> None:
     """Put our card in the place of TRL's, in the folder and on the Hub."""
     if not trainer.is_world_process_zero():
         return
+    origin: dict[str, Any] = {"base_model": EMBEDDED_MODEL_ID, "license": "gemma"} if embedded else {}
     path = Path(trainer.args.output_dir) / "README.md"
     build_card(trainer, repo_id=trainer.hub_model_id, **origin).save(path)
     if trainer.args.push_to_hub:
@@ -129,3 +129,13 @@ def _write_card(trainer: Any, origin: dict[str, str]) -> None:
             revision=trainer.args.hub_revision,
             commit_message="Model card",
         )
+
+
+def _end(trainer: Any) -> None:
+    """Leave the group of processes, without the wrapper for data parallelism.
+
+    Its reducer would be the last to hold the group, and free it with Python's lock held, for which a thread of the group may wait forever.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.end()

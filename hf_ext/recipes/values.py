@@ -31,7 +31,7 @@ def checked(cls: type, values: Any, where: str) -> dict[str, Any]:
         ValueError: `values` is no mapping, or a key is unknown, missing, or has a value of another type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: {values!r} is a {type(values).__name__}; give a mapping of names to values.")
+        raise ValueError(f"{where}: {values!r} is no mapping of names to values.")
     known = hints(cls)
     for name in values:
         if name not in known:
@@ -60,9 +60,13 @@ def fitting(name: str, value: Any, hint: Any, where: str, choices: Any = None) -
     try:
         type_validator(name, value, hint)
     except TypeError as error:
-        told = " or ".join(each.__name__ if isinstance(each, type) else str(each) for each in kinds)
+        told = " or ".join(
+            each.__name__ if isinstance(each, type) else str(each) for each in kinds if each is not types.NoneType
+        )
         quotes = " YAML reads yes, no, on and off as true and false: quote them." if isinstance(value, bool) else ""
-        raise ValueError(f"{where}: {name}={value!r} is a {type(value).__name__}; give {told}.{quotes}") from error
+        raise ValueError(
+            f"{where}: {name}={value!r} has the type {type(value).__name__}; give {told}.{quotes}"
+        ) from error
     if choices and value is not None and value not in choices:
         raise ValueError(f"{where}: {name}={value!r} is unknown; choose one of {', '.join(map(str, choices))}.")
     return value

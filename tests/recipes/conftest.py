@@ -46,7 +46,7 @@ def _at_home(monkeypatch, cache):
 def train(slug, output, *arguments, config=None):
     """Exit code of the command in this process."""
     config = config or RECIPES / f"{slug}.yaml"
-    own = ("--output_dir", output, "--max_steps", 2, "--use_cpu", "--disable_tqdm")
+    own = ("--output_dir", output, "--max_steps", 2, "--use_cpu", "--disable_tqdm", "true")
     return main(["train", slug, "--config", str(config), *map(str, (*own, *arguments))])
 
 

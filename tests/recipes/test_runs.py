@@ -17,22 +17,25 @@ from hf_ext.registry import METHODS
 from tests.hub.fixtures import hub  # noqa: F401
 from tests.recipes.conftest import RECIPES, environment, train
 
-LOADS = """
-import json, sys, torch, hf_ext
+# Publishes a run, and loads that and other runs.
+ELSEWHERE = """
+import json, sys, torch
 from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-base, found = sys.argv[1], {}
-ids = torch.tensor([[1, 5, 6, 7, 8]])
-for folder in map(Path, sys.argv[2:]):
-    AutoTokenizer.from_pretrained(folder)
-    if (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+from hf_ext.cli import main
+recipe, output, base, *folders = sys.argv[1:]
+pushing = ["--push_to_hub", "--hub_model_id", "user/trained", "--output_dir", output, "--max_steps", "2", "--use_cpu"]
+assert main(["train", "neat", "--config", recipe, *pushing]) == 0
+ids, found = torch.tensor([[1, 5, 6, 7, 8]]), {}
+for name in ["user/trained", output, base, *folders]:
+    AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name if (Path(name) / "config.json").is_file() else base)
+    if not (Path(name) / "config.json").is_file():
+        model = PeftModel.from_pretrained(model, name)
     with torch.no_grad():
-        found[folder.name] = model.eval()(input_ids=ids, labels=ids).loss.item()
-print(json.dumps(found))
+        found[name] = model.eval()(input_ids=ids, labels=ids).loss.item()
+(Path(output) / "losses.json").write_text(json.dumps(found))
 """
 
 
@@ -81,15 +84,20 @@ def test_what_a_run_leaves(trained, slug):
 
 
 @pytest.mark.slow
-def test_a_new_process_loads_all_of_them(trained, cache):
-    base = cache / "gemma-3-270m"
-    folders = [base, *(trained / slug for slug in TRAINED)]
-    command = [sys.executable, "-c", LOADS, str(base), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(cache))
+def test_a_new_process_publishes_and_loads(trained, cache, tmp_path, hub):  # noqa: F811
+    base, output = str(cache / "gemma-3-270m"), str(tmp_path / "out")
+    folders = [str(trained / slug) for slug in TRAINED]
+    command = [sys.executable, "-c", ELSEWHERE, str(RECIPES / "neat.yaml"), output, base, *folders]
+    online = {**hub.env, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(cache, **online))
     assert done.returncode == 0, done.stderr
-    losses = json.loads(done.stdout)
-    before = losses.pop(base.name)
-    assert set(losses) == set(TRAINED) and before not in losses.values()
+    losses = json.loads((tmp_path / "out" / "losses.json").read_text())
+    assert losses.pop("user/trained") == losses.pop(output)
+    before = losses.pop(base)
+    assert set(losses) == set(folders) and before not in losses.values()
+    files = hub.repos["models", "user/trained"].files()
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(files)
+    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes() and b"NEAT" in files["README.md"]
 
 
 def test_data_come_from_folders_files_and_mixtures(tmp_path):
@@ -136,19 +144,3 @@ def test_a_sequence_goes_on(tmp_path, capsys):
     assert train("adaptive_svd", tmp_path / "run", *saving) == 2
     assert "resume_from_checkpoint" in capsys.readouterr().err
     assert train("adaptive_svd", tmp_path / "run", *saving, "--resume_from_checkpoint", "true") == 0
-
-
-@pytest.mark.slow
-def test_pushes_to_the_hub(cache, tmp_path, hub):  # noqa: F811
-    command = [sys.executable, "-m", "hf_ext.cli", "train", "neat", "--config", str(RECIPES / "neat.yaml")]
-    command += ["--max_steps", "2", "--use_cpu", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--push_to_hub", "--hub_model_id", "user/trained"],
-        capture_output=True,
-        text=True,
-        env=environment(cache, **{**hub.env, "HF_HUB_OFFLINE": "0"}),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = hub.repos["models", "user/trained"].files()
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(files)
-    assert files["README.md"] == (tmp_path / "out" / "README.md").read_bytes() and b"NEAT" in files["README.md"]
