@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from hf_ext.demo.model import EMBEDDED_MODEL_ID, embedded_model
@@ -36,6 +37,7 @@ def train(slug: str, arguments: Sequence[str]) -> int:
     embedded = model.model_name_or_path == EMBEDDED
     with args.main_process_first():
         source = str(embedded_model()) if embedded else model.model_name_or_path
+        _check_model(source, model, args)
     with _leaving_nothing(Path(args.output_dir)):
         trainer = resolve(method.trainer)(source, args, **options)
     trainer.train(resume_from_checkpoint=resume)
@@ -90,6 +92,14 @@ def _options(method: Trained, parsed: dict[type, Any], given: set[str], resume: 
         **(args.model_init_kwargs or {}),
     }
     return {**options, "peft_config": peft, "quantization_config": get_quantization_config(model)}
+
+
+def _check_model(source: str, model: ModelConfig, args: Any) -> None:
+    """Name the key, which the errors of the libraries do not."""
+    try:
+        AutoConfig.from_pretrained(source, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise OSError(f"model_name_or_path={source!r} cannot be loaded: {error}") from error
 
 
 def _check_lora(method: Trained, parsed: dict[type, Any], given: set[str]) -> None:
