@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from hf_ext._lazy import optional_import
+from hf_ext.recipes.methods import TRAINED, find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(command=_demo)
 
+    train = commands.add_parser(
+        "train",
+        help="train a method from a recipe",
+        usage="hf-ext train METHOD --config recipe.yaml [--field value ...]",
+        description=f"Methods: {', '.join(TRAINED)}. `hf-ext train METHOD --help` lists the fields of one.",
+        epilog="See docs/TRAINING_FROM_RECIPES.md, and examples/recipes/ for a recipe of each.",
+    )
+    train.add_argument("method", metavar="METHOD")
+    train.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    train.set_defaults(command=_train)
+
     methods = commands.add_parser("methods", help="list the methods")
     methods.set_defaults(command=_methods)
 
@@ -64,12 +76,21 @@ def _demo(options: argparse.Namespace) -> int:
     return run(options.model, options.edits, options.output, options.push, options.steps, options.seed)
 
 
+def _train(options: argparse.Namespace) -> int:
+    find(options.method)
+    from hf_ext.recipes.run import train
+
+    return train(options.method, options.arguments)
+
+
 def _methods(options: argparse.Namespace) -> int:
     from hf_ext.registry import METHODS
 
     for method in METHODS:
         print(f"{method.name:12s} {method.kind:12s} {next(iter(method.entry_points)):18s} {method.paper_url}")
         print(f"{'':12s} {method.summary}")
+        if method.slug in TRAINED:
+            print(f"{'':12s} hf-ext train {method.slug}")
     return 0
 
 

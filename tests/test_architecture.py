@@ -30,6 +30,7 @@ ARROWS = {
     "pipelines": {"tuners", "cache", "metrics", "_compat", "_lazy", "_modes", "registry"},
     "metrics": {"_compat", "_lazy", "_modes"},
     "model_cards": {"tuners", "cache", "metrics", "_compat", "_lazy", "_modes", "registry"},
+    "recipes": {"tuners", "trainers", "pipelines", "model_cards", "demo", "registry"},
     "demo": {"tuners", "trainers", "pipelines", "cache", "metrics", "model_cards", "_compat", "registry"},
     "cli": {
         "tuners",
@@ -40,6 +41,7 @@ ARROWS = {
         "metrics",
         "model_cards",
         "demo",
+        "recipes",
         "_compat",
         "_lazy",
         "registry",
