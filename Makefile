@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test style quality bench docs clean
+.PHONY: demo test style quality bench bench-small docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-ext demo
@@ -33,6 +33,11 @@ docs: $(VENV)/.dev
 # Every script prints its ratios and rewrites its file in benchmarks/results/.
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run_all
+
+# What every method costs, at small sizes, and the table of the README: some ten minutes.
+bench-small: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.summary
+	$(BIN)/python -m docs.generate
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -37,7 +37,7 @@ from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.overtone import OvertoneConfig, OvertoneSettings, OvertoneStatistics, OvertoneTrainer
 from hf_ext.trainers.overtone.head import add_overtone_head
 
-VOCAB, HIDDEN, SEED = 262_144, 640, 0
+NAME, VOCAB, HIDDEN, SEED = "overtone_cost", 262_144, 640, 0
 STEP = "step, Gemma 3 270M, LoRA, 64 labelled of 96"
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         "results": rows,
         "table": table(rows),
     }
-    write("overtone_cost", report)
+    write(NAME, report)
 
 
 if __name__ == "__main__":
