@@ -107,8 +107,7 @@ class Entry:
     @property
     def summary(self) -> str:
         """The first paragraph."""
-        paragraph = " ".join(self.doc.split("\n\n")[0].split())
-        return re.sub(r"\[`~?([\w.]+)`\]", r"`\1`", paragraph)
+        return _line(self.doc.split("\n\n")[0])
 
     @property
     def raises(self) -> list[tuple[str, str]]:
@@ -119,7 +118,12 @@ class Entry:
         sections = [re.search(r"^Raises:\n((?:    .*\n?|\n)+)", doc, re.M) for doc in docs]
         text = "".join(textwrap.dedent(section[1]) for section in sections if section)
         found = re.findall(r"^(\w+): (.*(?:\n    .*)*)", text, re.M)
-        return [(error, re.sub(r"\[`~?([\w.]+)`\]", r"`\1`", " ".join(when.split()))) for error, when in found]
+        return [(error, _line(when)) for error, when in found]
+
+
+def _line(text: str) -> str:
+    """One line, without the brackets that link names in the docstrings of Hugging Face's libraries."""
+    return re.sub(r"\[`~?([\w.]+)`\]", r"`\1`", " ".join(text.split()))
 
 
 def modules() -> list[str]:
@@ -178,12 +182,11 @@ def _default(value: Any) -> str:
     return text if 0 < len(text) <= 40 else "..."
 
 
-def _annotated(name: str, annotation: Any, empty: Any) -> str:
-    if annotation is empty:
-        return name
+def _type(annotation: Any) -> str:
+    """An annotation as it is written; most are text, since evaluation is postponed."""
     if isinstance(annotation, ForwardRef):
-        annotation = annotation.__forward_arg__
-    return f"{name}: {annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)}"
+        return annotation.__forward_arg__
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _parameters(signature: inspect.Signature) -> list[str]:
@@ -195,7 +198,9 @@ def _parameters(signature: inspect.Signature) -> list[str]:
             written.append("*")
         starred = starred or parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        text = _annotated(stars + parameter.name, parameter.annotation, parameter.empty)
+        text = stars + parameter.name
+        if parameter.annotation is not parameter.empty:
+            text += f": {_type(parameter.annotation)}"
         if parameter.default is not parameter.empty:
             text += f" = {_default(parameter.default)}"
         written.append(text)
@@ -210,7 +215,7 @@ def _fields(cls: type) -> list[str]:
     for field in dataclasses.fields(cls):
         if field.name not in own or not field.init or field.name.startswith("_"):
             continue
-        text = _annotated(field.name, field.type, None)
+        text = f"{field.name}: {_type(field.type)}"
         if field.default_factory is not dataclasses.MISSING:
             text += f" = {_default(field.default_factory())}"
         elif field.default is not dataclasses.MISSING:
@@ -226,8 +231,8 @@ def signature(entry: Entry) -> str:
         return ""
     if not inspect.isclass(value):
         found = inspect.signature(value)
-        returned = _annotated("", found.return_annotation, found.empty)[2:]
-        return _wrapped(entry.name, _parameters(found), f" -> {returned}" if returned else "")
+        returned = "" if found.return_annotation is found.empty else f" -> {_type(found.return_annotation)}"
+        return _wrapped(entry.name, _parameters(found), returned)
     if dataclasses.is_dataclass(value) and "__init__" in value.__dict__:
         return _wrapped(entry.name, _fields(value))
     return _wrapped(entry.name, _parameters(inspect.signature(value))) if _maker(value) is value else ""
@@ -293,7 +298,7 @@ def page() -> str:
         if module.split(".")[1] != room:
             room = module.split(".")[1]
             parts.append(f"## {room}\n{ROOMS[room]}")
-        about = inspect.cleandoc(importlib.import_module(module).__doc__ or "").split("\n\n")[0]
-        parts.append(f"### {module}\n{' '.join(about.split())} See [{PAGES[module]}]({PAGES[module]}).")
+        about = _line((importlib.import_module(module).__doc__ or "").split("\n\n")[0])
+        parts.append(f"### {module}\n{about} See [{PAGES[module]}]({PAGES[module]}).")
         parts += [paragraph(entry) for entry in entries(module)]
     return "\n\n".join(parts) + "\n"
