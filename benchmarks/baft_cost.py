@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(head, [cells(row) for row in rows])
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """The parametrised block computes the same; LoRA and no adapter do not."""
     return [time_line(row, row["peer"], bar=1.0 if "kept_mib" in row else None) for row in rows]
 

@@ -146,9 +146,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return table_of_peers(rows, "seconds")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """Sampling does the same forward passes, but for residuals that are computed again and recordings that need none."""
-    return [time_line(row, row["peer"], bar=None if "computed again" in row["name"] else 1.0) for row in rows]
+    found = []
+    for row in rows:
+        steps = size.picture_steps if "picture" in row["name"] else size.text_steps
+        bar = None if "computed again" in row["name"] else 1.0
+        found.append(time_line({**row, "name": f"{row['name']}, {steps} steps"}, row["peer"], bar))
+    return found
 
 
 def main() -> None:

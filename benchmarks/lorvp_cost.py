@@ -121,8 +121,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return table_of_peers(rows, "ms")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
-    return [time_line(row, row["peer"], bar=1.0 if row["peer"] == SAME else None) for row in rows]
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    return [
+        time_line(
+            {**row, "name": f"{size.pictures} pictures, {row['name']}"},
+            row["peer"],
+            bar=1.0 if row["peer"] == SAME else None,
+        )
+        for row in rows
+    ]
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(head, [cells(row) for row in rows])
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """PEANUT is the same method, LoRA is not."""
     found = []
     for row in rows:

@@ -157,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return cost.table(rows, "TRL")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """TRL's loss is another, but the head and the model are read as often."""
     return [line(row, "TRL", bar=1.0) for row in rows for line in (time_line, memory_line)]
 

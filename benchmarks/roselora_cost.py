@@ -139,10 +139,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     return [
         Line(
-            f"training step, rank {row['rank']}, {row['phase']}",
+            f"step of {ROWS} rows of {TOKENS} tokens, rank {row['rank']}, {row['phase']}",
             "LoRA",
             *(1000 * row["seconds"][side] for side in ("roselora", "lora")),
             "ms",

@@ -56,11 +56,15 @@ def measure_here(script: str, found: Path) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     module = importlib.import_module(f"benchmarks.{script}")
-    found.write_text(json.dumps([asdict(line) for line in module.lines(module.measure(module.SMALL))]))
+    found.write_text(json.dumps([asdict(line) for line in module.lines(module.measure(module.SMALL), module.SMALL)]))
 
 
 def amount(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.2g} {unit}"
+
+
+def share(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def cells(method: str, line: Line) -> list[str]:
@@ -68,8 +72,8 @@ def cells(method: str, line: Line) -> list[str]:
         f"{method}: {line.what}, against {line.against}",
         amount(line.ours, line.unit),
         amount(line.peer, line.unit),
-        f"{line.ratio:.2g}",
-        f"{line.low:.2g} to {line.high:.2g}" if line.low < line.high else "",
+        share(line.ratio),
+        f"{share(line.low)} to {share(line.high)}" if line.low < line.high else "",
         "" if line.bar is None else f"{line.bar:g}",
     ]
 

@@ -33,7 +33,7 @@ class Size(NamedTuple):
     repeats: int
 
 
-FULL, SMALL = Size(64, 5), Size(16, 3)
+FULL, SMALL = Size(64, 5), Size(8, 3)
 
 
 def adapted() -> Any:
@@ -85,9 +85,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return table_of_peers(with_peers(rows), "ms")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """Passes that read as much are the same work; of the silent adapter the ratio is that of two equal models."""
-    return [time_line(row, row["peer"], bar=None if row["name"] == "silent" else 1.0) for row in with_peers(rows)]
+    return [
+        time_line(
+            {**row, "name": f"{ROWS} rows of {size.tokens} tokens, {row['name']}"},
+            row["peer"],
+            bar=None if row["name"] == "silent" else 1.0,
+        )
+        for row in with_peers(rows)
+    ]
 
 
 def main() -> None:

@@ -41,12 +41,13 @@ def test_what_is_stored_renders_as_it_did_and_fits_into_the_summary(script):
     assert stored["table"].startswith(module.table(rows))
     assert type(module.SMALL) is type(module.FULL) and module.SMALL != module.FULL
     if script != "kv_cache.decode":  # whose stored rows have medians alone
-        assert all(isinstance(line, Line) for line in module.lines(rows))
+        assert all(isinstance(line, Line) for line in module.lines(rows, module.FULL))
 
 
 def test_the_summary_of_a_tiny_layer():
     """What `python -m benchmarks.summary` does, with one block and no model."""
-    found = baft_cost.lines(baft_cost.measure(baft_cost.Size(widths=(64,), steps=(), repeats=2)))
+    size = baft_cost.Size(widths=(64,), steps=(), repeats=2)
+    found = baft_cost.lines(baft_cost.measure(size), size)
     stored = json.loads(json.dumps(summary.report({"baft_cost": found})))
     assert stored["command"] == "python -m benchmarks.summary"
     assert [Line(**line) for line in stored["results"]["baft_cost"]] == found

@@ -220,12 +220,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return cost.table(rows, "peer")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     """OSF protects the same directions; full fine-tuning protects none, and is what the step is compared with all the same."""
     found = []
     for row in rows:
         work, _, peer = row["name"].partition(", against ")
-        named = {**row, "name": f"training step, {work}"}
+        named = {**row, "name": f"step of {size.rows} rows of {size.tokens} tokens, {work}"}
         found += [line(named, peer, bar=1.0 if peer.startswith("OSF") else None) for line in (time_line, memory_line)]
     return found
 

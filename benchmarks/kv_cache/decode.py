@@ -262,7 +262,7 @@ def measure(size: Size) -> list[dict[str, Any]]:
     return results
 
 
-def lines(results: list[dict[str, Any]]) -> list[Line]:
+def lines(results: list[dict[str, Any]], size: Size) -> list[Line]:
     """Those of `PAIRS` that were measured: `QuantizedCache` needs a library of its own."""
     found = []
     for row in results:

@@ -123,7 +123,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return markdown(head, rows)
 
 
-def lines(results: list[dict[str, Any]]) -> list[Line]:
+def lines(results: list[dict[str, Any]], size: Size) -> list[Line]:
     """Those of `PAIRS` that were measured, once each."""
     grown = {(row["context"], row["name"]): row["decode"] / 2**20 for row in results}
     found = []

@@ -172,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return cost.table(rows, "reference")
 
 
-def lines(rows: list[dict[str, Any]]) -> list[Line]:
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
     return [line(row, "two plain forwards", bar=1.0) for row in rows for line in (time_line, memory_line)]
 
 
