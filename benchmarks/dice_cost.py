@@ -36,7 +36,7 @@ class Size(NamedTuple):
     every: bool
 
 
-FULL, SMALL = Size(8, 4, 5, 3, True), Size(4, 2, 3, 2, False)
+FULL, SMALL = Size(8, 4, 5, 3, True), Size(2, 2, 3, 2, False)
 # Of all comparisons, those that are made for larger work, too.
 CHOSEN = ("recording, residuals stored", "edit, residuals computed again")
 
