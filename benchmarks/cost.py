@@ -135,7 +135,7 @@ class Line:
         ratio: median of ours / peer within pairs.
         low: the smallest of these ratios.
         high: the largest.
-        bar: what the ratio is to stay below, where the peer does the same work; None where it does other work.
+        bar: what the ratio is not to exceed, where the peer does the same work; None where it does other work.
     """
 
     what: str

@@ -78,4 +78,5 @@ def test_every_result_has_a_command_that_exists(path):
     stored = json.loads(path.read_text())
     module = stored["command"].removeprefix("python -m ").split()[0]
     assert importlib.util.find_spec(module) is not None, stored["command"]
+    assert module.removeprefix("benchmarks.") in run_all.SCRIPTS
     assert stored["table"] and stored["machine"]["processor"]

@@ -269,6 +269,7 @@ def lines(results: list[dict[str, Any]], size: Size) -> list[Line]:
         for (ours, peer), bar in PAIRS.items():
             if {ours, peer} <= row["caches"].keys():
                 left, right = (row["caches"][name] for name in (ours, peer))
+                # QuantizedCache makes fewer turns.
                 ratios = [a / b for a, b in zip(left["turns_ms"], right["turns_ms"], strict=False)]
                 spread = statistics.median(ratios), min(ratios), max(ratios)
                 what = f"{row['what']}: a token after {row['context']:,}, {ours}"
