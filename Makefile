@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-min style quality bench docs dist clean
+.PHONY: demo test test-min style quality bench bench-small docs dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-ext demo
@@ -42,6 +42,11 @@ bench: $(VENV)/.bench
 dist: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+# What every method costs, at small sizes, and the table of the README: some ten minutes.
+bench-small: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.summary
+	$(BIN)/python -m docs.generate
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -20,13 +20,24 @@ from torch.nn.utils.parametrizations import orthogonal
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.common import markdown, write
-from benchmarks.cost import compare, keep_freed_memory, show
+from benchmarks.cost import Line, both, compare, keep_freed_memory, show, time_line, time_ratio
 from hf_ext import BaftConfig
 from hf_ext.demo.model import embedded_model
 from hf_ext.tuners.baft.reference import intervene, orthonormal_basis
 
-NAME, SEED, REPEATS = "baft_cost", 0, 5
-WIDTHS, RANK, TOKENS, CACHED, PASSES = (640, 4096), 12, 20, 64, 5
+NAME, SEED = "baft_cost", 0
+RANK, TOKENS, CACHED, PASSES = 12, 20, 64, 5
+
+
+class Size(NamedTuple):
+    """How much is measured: blocks of these widths, and, if there are any `steps` on so many tokens, a model."""
+
+    widths: tuple[int, ...]
+    steps: tuple[int, ...]
+    repeats: int
+
+
+FULL, SMALL = Size((640, 4096), (64, 512), 5), Size((640, 4096), (64,), 3)
 
 
 class Parametrised(nn.Module):
@@ -67,10 +78,10 @@ def stepper(layer: nn.Module, width: int) -> Callable[[], None]:
     return step
 
 
-def layer(width: int) -> dict[str, Any]:
+def layer(width: int, repeats: int) -> dict[str, Any]:
     torch.manual_seed(SEED)
     ours, peer = Factorised(width), Parametrised(width)
-    row = compare(stepper(ours, width), stepper(peer, width), repeats=REPEATS)
+    row = compare(stepper(ours, width), stepper(peer, width), repeats=repeats)
     kept = {
         name: sum(t.nbytes for t in each.state_dict().values()) / 2**20
         for name, each in (("ours", ours), ("peer", peer))
@@ -102,10 +113,10 @@ def trainer(model: Any, tokens: int) -> Callable[[], None]:
     return step
 
 
-def training(tokens: int) -> dict[str, Any]:
+def training(tokens: int, repeats: int) -> dict[str, Any]:
     shared = dict(task_type="CAUSAL_LM")
     ours, peer = build(BaftConfig(**shared)), build(LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **shared))
-    row = compare(trainer(ours, tokens), trainer(peer, tokens), repeats=REPEATS)
+    row = compare(trainer(ours, tokens), trainer(peer, tokens), repeats=repeats)
     name = f"270M: step on {tokens} tokens"
     show(name, row)
     gc.collect()
@@ -128,34 +139,50 @@ def reader(model: Any) -> Callable[[], None]:
     return read
 
 
-def generation() -> dict[str, Any]:
-    row = compare(reader(build(BaftConfig(task_type="CAUSAL_LM"))), reader(build(None)), repeats=5 * REPEATS)
+def generation(repeats: int) -> dict[str, Any]:
+    row = compare(reader(build(BaftConfig(task_type="CAUSAL_LM"))), reader(build(None)), repeats=5 * repeats)
     name = f"270M: {PASSES} tokens generated"
     show(name, row)
     return {"name": name, "peer": "no adapter", **row}
 
 
+def measure(size: Size) -> list[dict[str, Any]]:
+    results = [layer(width, size.repeats) for width in size.widths]
+    if size.steps:
+        results += [*(training(tokens, size.repeats) for tokens in size.steps), generation(size.repeats)]
+    return results
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    seconds, kept = row["seconds"], row.get("kept_mib")
+    kept = row.get("kept_mib")
     return [
         row["name"],
         row["peer"],
-        f"{1000 * seconds['ours']:.1f} / {1000 * seconds['peer']:.1f}",
-        f"{row['time_ratio']:.2g} [{row['time_ratio_min']:.2g}, {row['time_ratio_max']:.2g}]",
-        f"{kept['ours']:.1f} / {kept['peer']:.1f}" if kept else "",
+        both(row["seconds"], ".1f", 1000),
+        time_ratio(row, ".2g"),
+        both(kept, ".1f") if kept else "",
     ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = ["work", "peer", "CPU ms, ours / peer", "ratio [min, max]", "MiB kept, ours / peer"]
+    return markdown(head, [cells(row) for row in rows])
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """The parametrised block computes the same; LoRA and no adapter do not."""
+    return [time_line(row, row["peer"], bar=1.0 if "kept_mib" in row else None) for row in rows]
 
 
 def main() -> None:
     keep_freed_memory()
-    results = [*map(layer, WIDTHS), *map(training, (64, 512)), generation()]
-    head = ["work", "peer", "CPU ms, ours / peer", "ratio [min, max]", "MiB kept, ours / peer"]
+    results = measure(FULL)
     note = (
-        f"Medians of {REPEATS} pairs ({5 * REPEATS} of generation), float32, {torch.get_num_threads()} threads. What is kept are parameters and buffers of the block's adapter. "
+        f"Medians of {FULL.repeats} pairs ({5 * FULL.repeats} of generation), float32, {torch.get_num_threads()} threads. What is kept are parameters and buffers of the block's adapter. "
         "`python -m benchmarks.baft_cost` repeats it."
     )
-    table = f"{markdown(head, [cells(row) for row in results])}\n\n{note}"
-    write(NAME, {"command": "python -m benchmarks.baft_cost", "seed": SEED, "results": results, "table": table})
+    report = {"command": "python -m benchmarks.baft_cost", "seed": SEED, "results": results}
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -73,20 +74,91 @@ def show(name: str, row: dict[str, Any]) -> None:
     )
 
 
+def both(pair: dict[str, float], spec: str, scale: float = 1.0) -> str:
+    """A cell with both sides: `ours / peer`."""
+    return f"{scale * pair['ours']:{spec}} / {scale * pair['peer']:{spec}}"
+
+
+def with_range(ratio: float, low: float, high: float, spec: str) -> str:
+    """A cell with a ratio and the range that it was found in: `ratio [low, high]`."""
+    return f"{ratio:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
+def time_ratio(row: dict[str, Any], spec: str) -> str:
+    return with_range(row["time_ratio"], row["time_ratio_min"], row["time_ratio_max"], spec)
+
+
 def table(rows: list[dict[str, Any]], peer: str) -> str:
-    """What the docs show."""
-    cells = []
-    for row in rows:
-        seconds, peak = row["seconds"], row["peak_mib"]
-        cells.append(
-            [
-                row["name"],
-                f"{seconds['ours']:.2f} / {seconds['peer']:.2f}",
-                f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
-                f"{peak['ours']:.0f} / {peak['peer']:.0f}",
-                f"{row['memory_ratio']:.2f}",
-            ]
-        )
+    """What the docs show of rows with one peer."""
+    cells = [
+        [
+            row["name"],
+            both(row["seconds"], ".2f"),
+            time_ratio(row, ".2f"),
+            both(row["peak_mib"], ".0f"),
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in rows
+    ]
     return markdown(
         ["work", f"CPU seconds, ours / {peer}", "ratio [min, max]", f"peak MiB, ours / {peer}", "ratio"], cells
+    )
+
+
+def table_of_peers(rows: list[dict[str, Any]], unit: str) -> str:
+    """What the docs show of rows with a peer each; `unit` is `"ms"` or `"seconds"`."""
+    scale, spec, digits = {"ms": (1000.0, ".0f", ".3f"), "seconds": (1.0, ".2f", ".2f")}[unit]
+    cells = [
+        [
+            row["name"],
+            row["peer"],
+            both(row["seconds"], spec, scale),
+            time_ratio(row, digits),
+            both(row["peak_mib"], ".0f"),
+        ]
+        for row in rows
+    ]
+    head = ["work", "peer", f"CPU {unit}, ours / peer", "ratio [min, max]", "MiB at most, ours / peer"]
+    return markdown(head, cells)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison in the summary of all costs (`benchmarks/summary.py`).
+
+    Attributes:
+        what: the work and its size.
+        against: what it is compared with.
+        ours: our median, in `unit`.
+        peer: the peer's.
+        unit: of both.
+        ratio: median of ours / peer within pairs.
+        low: the smallest of these ratios.
+        high: the largest.
+        bar: what the ratio is not to exceed, where the peer does the same work; None where it does other work.
+    """
+
+    what: str
+    against: str
+    ours: float
+    peer: float
+    unit: str
+    ratio: float
+    low: float
+    high: float
+    bar: float | None = None
+
+
+def time_line(row: dict[str, Any], against: str, bar: float | None = None) -> Line:
+    """The times of a row of `compare`."""
+    milliseconds = {side: 1000 * value for side, value in row["seconds"].items()}
+    ratios = row["time_ratio"], row["time_ratio_min"], row["time_ratio_max"]
+    return Line(row["name"], against, milliseconds["ours"], milliseconds["peer"], "CPU ms", *ratios, bar)
+
+
+def memory_line(row: dict[str, Any], against: str, bar: float | None = None) -> Line:
+    """The peaks of a row of `compare`, which are measured once."""
+    ratio = row["memory_ratio"]
+    return Line(
+        row["name"], against, *(row["peak_mib"][side] for side in ("ours", "peer")), "MiB", ratio, ratio, ratio, bar
     )

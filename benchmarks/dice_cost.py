@@ -10,20 +10,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UVit2DModel, VQModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from benchmarks.common import markdown, write
-from benchmarks.cost import compare, keep_freed_memory, show
+from benchmarks.common import write
+from benchmarks.cost import Line, compare, keep_freed_memory, show, table_of_peers, time_line
 from examples.edit_a_digit import parts_for
 from examples.edit_a_review import SPECIAL
 from hf_ext import DiceMaskedImagePipeline, DiceTextEditPipeline
 
 NAME, VOCABULARY, WORDS, CODES, SIDE = "dice_cost", 50265, 24, 8192, 16
+
+
+class Size(NamedTuple):
+    """How much is measured: steps of a text and of a picture, pairs of a text and of larger work, and with `every` four texts, too."""
+
+    text_steps: int
+    picture_steps: int
+    texts: int
+    larger: int
+    every: bool
+
+
+FULL, SMALL = Size(8, 4, 5, 3, True), Size(2, 2, 3, 2, False)
 # Of all comparisons, those that are made for larger work, too.
 CHOSEN = ("recording, residuals stored", "edit, residuals computed again")
 
@@ -91,58 +104,77 @@ def growth(pipe: Any, source: Any, prompt: str) -> dict[int, int]:
     return {steps: pipe.invert(source, prompt, num_inference_steps=steps, **options).nbytes for steps in (2, 4, 8)}
 
 
-def main() -> None:
-    keep_freed_memory()
-    warnings.filterwarnings("ignore")
+def text(generator: torch.Generator) -> str:
+    return " ".join(f"w{int(number)}" for number in torch.randint(1000, (WORDS,), generator=generator))
+
+
+def pipelines() -> tuple[Any, Any]:
+    """Of texts and of pictures."""
+    made: tuple[Any, Any] = texts_pipeline(), pictures_pipeline()
+    for pipe in made:
+        pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def measure(size: Size) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-
-    def text() -> str:
-        return " ".join(f"w{int(number)}" for number in torch.randint(1000, (WORDS,), generator=generator))
-
+    texts, pictures = pipelines()
     rows: list[dict[str, Any]] = []
 
-    def measure(name: str, peer: str, pair: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> None:
+    def add(name: str, peer: str, pair: tuple[Callable[[], Any], Callable[[], Any]], repeats: int) -> None:
         row = {"name": name, "peer": peer, **compare(*pair, repeats=repeats)}
         show(name, row)
         rows.append(row)
 
-    pipe: Any = texts_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    for name, pair in works(pipe, text(), "w1 w2 w3", "w4 w5", 8).items():
-        measure(f"a text: {name}", "sampling", pair, 5)
-    several = works(pipe, [text() for _ in range(4)], "w1 w2 w3", "w4 w5", 8)
-    for name in CHOSEN:
-        measure(f"four texts: {name}", "sampling", several[name], 3)
-    measure("four strengths of a text at once", "one by one", sweep(pipe, text(), "w1 w2", "w3", 8), 3)
-    weights = {"texts": growth(pipe, [text(), text()], "w1")}
-    pipe = pictures_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    for name, pair in works(texts, text(generator), "w1 w2 w3", "w4 w5", size.text_steps).items():
+        add(f"a text: {name}", "sampling", pair, size.texts)
+    if size.every:
+        several = works(texts, [text(generator) for _ in range(4)], "w1 w2 w3", "w4 w5", size.text_steps)
+        for name in CHOSEN:
+            add(f"four texts: {name}", "sampling", several[name], size.larger)
+    at_once = sweep(texts, text(generator), "w1 w2", "w3", size.text_steps)
+    add("four strengths of a text at once", "one by one", at_once, size.larger)
     codes = torch.randint(CODES, (1, SIDE, SIDE), generator=generator)
-    pictures = works(pipe, codes, "one", "two", 4)
+    chosen = works(pictures, codes, "one", "two", size.picture_steps)
     for name in CHOSEN:
-        measure(f"a picture: {name}", "sampling", pictures[name], 3)
-    weights["pictures"] = growth(pipe, codes, "one")
+        add(f"a picture: {name}", "sampling", chosen[name], size.larger)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return table_of_peers(rows, "seconds")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """Sampling does the same forward passes, but for residuals that are computed again and recordings that need none."""
+    found = []
+    for row in rows:
+        steps = size.picture_steps if "picture" in row["name"] else size.text_steps
+        bar = None if "computed again" in row["name"] else 1.0
+        found.append(time_line({**row, "name": f"{row['name']}, {steps} steps"}, row["peer"], bar))
+    return found
+
+
+def main() -> None:
+    keep_freed_memory()
+    warnings.filterwarnings("ignore")
+    rows = measure(FULL)
+    texts, pictures = pipelines()
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(CODES, (1, SIDE, SIDE), generator=generator)
+    weights = {
+        "texts": growth(texts, [text(generator), text(generator)], "w1"),
+        "pictures": growth(pictures, codes, "one"),
+    }
     note = (
-        f"float32, {torch.get_num_threads()} threads; medians. A recording without residuals weighs {size(lazy_bytes(pipe, codes))} for the picture. "
+        f"float32, {torch.get_num_threads()} threads; medians. A recording without residuals weighs {size(lazy_bytes(pictures, codes))} for the picture. "
         f"With them it is 4 S B N V bytes more: {size(4 * 8 * SIDE * SIDE * CODES)} for 8 steps of the picture, measured "
         + ", ".join(f"{size(value)} in {steps} steps" for steps, value in weights["pictures"].items())
         + ". `python -m benchmarks.dice_cost` repeats it."
     )
-    cells = [
-        [
-            row["name"],
-            row["peer"],
-            f"{row['seconds']['ours']:.2f} / {row['seconds']['peer']:.2f}",
-            f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
-            f"{row['peak_mib']['ours']:.0f} / {row['peak_mib']['peer']:.0f}",
-        ]
-        for row in rows
-    ]
-    head = ["work", "peer", "CPU seconds, ours / peer", "ratio [min, max]", "MiB at most, ours / peer"]
-    table = markdown(head, cells) + "\n\n" + note
-    write(NAME, {"command": f"python -m benchmarks.{NAME}", "rows": rows, "bytes": weights, "table": table})
-    print(table)
+    report = {"command": f"python -m benchmarks.{NAME}", "rows": rows, "bytes": weights}
+    write(NAME, report | {"table": f"{table(rows)}\n\n{note}"})
 
 
 def lazy_bytes(pipe: Any, codes: torch.Tensor) -> int:

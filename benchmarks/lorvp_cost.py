@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from benchmarks.common import markdown, write
-from benchmarks.cost import compare, keep_freed_memory, show
+from benchmarks.common import write
+from benchmarks.cost import Line, compare, keep_freed_memory, show, table_of_peers, time_line
 from hf_ext import LorVpConfig
 from hf_ext.tuners.lorvp import LorVpConvolution, reference
 
-NAME, SEED, BATCH, SIZE, SCALE = "lorvp_cost", 0, 16, 224, [1 / 0.229, 1 / 0.224, 1 / 0.225]
+NAME, SEED, PIXELS, SCALE = "lorvp_cost", 0, 224, [1 / 0.229, 1 / 0.224, 1 / 0.225]
+SAME, NONE = "the prompt added to the pixels", "without a prompt"
 CONVOLUTIONS = {"ViT-B/16": (768, 16, 16, 0), "ResNet-50": (64, 7, 2, 3)}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=10)),
@@ -31,8 +32,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Size(NamedTuple):
+    """How much is measured: pictures at once, and pairs of the convolution, of a step and of a forward pass."""
+
+    pictures: int
+    convolutions: int
+    steps: int
+    passes: int
+
+
+FULL, SMALL = Size(16, 15, 5, 9), Size(2, 9, 3, 3)
+
+
 def config() -> LorVpConfig:
-    return LorVpConfig(r=4, image_size=SIZE, pixel_scale=SCALE)
+    return LorVpConfig(r=4, image_size=PIXELS, pixel_scale=SCALE)
 
 
 def convolution(name: str, pixels: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -54,7 +67,7 @@ class PromptedPixels(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         model.get_submodule("classifier").requires_grad_(True)
-        self.left, self.right = nn.Parameter(torch.zeros(3, SIZE, 4)), nn.Parameter(torch.randn(3, 4, SIZE) * 0.01)
+        self.left, self.right = nn.Parameter(torch.zeros(3, PIXELS, 4)), nn.Parameter(torch.randn(3, 4, PIXELS) * 0.01)
 
     def forward(self, pixel_values: Tensor) -> Any:
         return self.model(
@@ -81,44 +94,54 @@ def read(model: nn.Module, pixels: Tensor) -> Callable[[], None]:
     return run
 
 
-def main() -> None:
-    keep_freed_memory()
-    warnings.filterwarnings("ignore")
+def measure(size: Size) -> list[dict[str, Any]]:
     torch.manual_seed(SEED)
-    pixels, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.arange(BATCH) % 10
-    sides, peer = {}, "the prompt added to the pixels"
+    pixels, labels = torch.randn(size.pictures, 3, PIXELS, PIXELS), torch.arange(size.pictures) % 10
+    sides = {}
     for name, build in MODELS.items():
-        sides[f"{name}: first convolution, forward and backward", peer] = (*convolution(name, pixels), 15)
+        sides[f"{name}: first convolution, forward and backward", SAME] = *convolution(name, pixels), size.convolutions
         prompted = get_peft_model(build(), config()).train()
-        sides[f"{name}: training step", peer] = (
+        sides[f"{name}: training step", SAME] = (
             step(prompted, pixels, labels),
             step(PromptedPixels(build()), pixels, labels),
-            5,
+            size.steps,
         )
         evaluated = get_peft_model(build(), config()).eval().requires_grad_(False)  # as it is loaded
-        sides[f"{name}: forward pass", "without a prompt"] = read(evaluated, pixels), read(build().eval(), pixels), 9
+        plain = read(build().eval(), pixels)
+        sides[f"{name}: forward pass", NONE] = read(evaluated, pixels), plain, size.passes
     results = []
     for (work, against), (ours, other, repeats) in sides.items():
         row = compare(ours, other, repeats=repeats)
         show(work, row)
         results.append({"name": work, "peer": against, **row})
-    cells = [
-        [
-            row["name"],
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return table_of_peers(rows, "ms")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    return [
+        time_line(
+            {**row, "name": f"{size.pictures} pictures, {row['name']}"},
             row["peer"],
-            f"{1000 * row['seconds']['ours']:.0f} / {1000 * row['seconds']['peer']:.0f}",
-            f"{row['time_ratio']:.3f} [{row['time_ratio_min']:.3f}, {row['time_ratio_max']:.3f}]",
-            f"{row['peak_mib']['ours']:.0f} / {row['peak_mib']['peer']:.0f}",
-        ]
-        for row in results
+            bar=1.0 if row["peer"] == SAME else None,
+        )
+        for row in rows
     ]
-    head = ["work", "peer", "CPU ms, ours / peer", "ratio [min, max]", "MiB at most, ours / peer"]
+
+
+def main() -> None:
+    keep_freed_memory()
+    warnings.filterwarnings("ignore")
+    results = measure(FULL)
     note = (
-        f"{BATCH} pictures of {SIZE} x {SIZE}, float32, {torch.get_num_threads()} threads; medians of 15 pairs (convolution), 5 (step) and 9 (forward pass). "
+        f"{FULL.pictures} pictures of {PIXELS} x {PIXELS}, float32, {torch.get_num_threads()} threads; medians of {FULL.convolutions} pairs (convolution), {FULL.steps} (step) and {FULL.passes} (forward pass). "
         "`python -m benchmarks.lorvp_cost` repeats it."
     )
-    table = f"{markdown(head, cells)}\n\n{note}"
-    write(NAME, {"command": "python -m benchmarks.lorvp_cost", "seed": SEED, "results": results, "table": table})
+    report = {"command": "python -m benchmarks.lorvp_cost", "seed": SEED, "results": results}
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

@@ -13,20 +13,30 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeanutConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import markdown, write
-from benchmarks.cost import allocated_peak, compare, keep_freed_memory, show
+from benchmarks.cost import Line, allocated_peak, both, compare, keep_freed_memory, show, time_line, time_ratio
 from hf_ext import NeatConfig
 from hf_ext.demo.model import embedded_model
 
-NAME, SEED, REPEATS = "neat_cost", 0, 7
-RANK, TOKENS, PASSES = 32, (128, 512), 5
+NAME, SEED, RANK, PASSES = "neat_cost", 0, 32, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Size(NamedTuple):
+    """How much is measured: steps on rows of so many tokens, and with `every` also those that train nothing, and those with freed memory kept."""
+
+    tokens: tuple[int, ...]
+    repeats: int
+    every: bool
+
+
+FULL, SMALL = Size((128, 512), 7, True), Size((64,), 3, False)
 
 
 def build(config: PeftConfig | None) -> Any:
@@ -76,11 +86,11 @@ def sides(peer: str) -> tuple[Any, Any]:
     return build(NeatConfig(**shared)), build(LoraConfig(**shared, lora_alpha=RANK))
 
 
-def training(peer: str, note: str = "") -> list[dict[str, Any]]:
+def training(peer: str, size: Size, note: str = "") -> list[dict[str, Any]]:
     ours, theirs = sides(peer)
     floor, rows = build(None), []
-    for tokens in TOKENS:
-        row = compare(trainer(ours, tokens), trainer(theirs, tokens), repeats=REPEATS)
+    for tokens in size.tokens:
+        row = compare(trainer(ours, tokens), trainer(theirs, tokens), repeats=size.repeats)
         nothing = allocated_peak(trainer(floor, tokens))
         row["extra_mib"] = {side: row["peak_mib"][side] - nothing for side in ("ours", "peer")}
         rows.append({"name": f"step on {tokens} tokens{note}, against {peer}", **row})
@@ -89,47 +99,69 @@ def training(peer: str, note: str = "") -> list[dict[str, Any]]:
     return rows
 
 
-def frozen() -> list[dict[str, Any]]:
+def frozen(size: Size) -> list[dict[str, Any]]:
     """What nothing goes below."""
     _, theirs = sides("PEANUT")
     floor, rows = build(None), []
-    for tokens in TOKENS:
-        row = compare(trainer(floor, tokens), trainer(theirs, tokens), repeats=REPEATS)
+    for tokens in size.tokens:
+        row = compare(trainer(floor, tokens), trainer(theirs, tokens), repeats=size.repeats)
         rows.append({"name": f"nothing trained, {tokens} tokens, against PEANUT", **row})
         show(rows[-1]["name"], row)
     gc.collect()
     return rows
 
 
-def reading(peer: str) -> dict[str, Any]:
+def reading(peer: str, size: Size) -> dict[str, Any]:
     ours, theirs = sides(peer)
-    row = compare(reader(ours.eval()), reader(theirs.eval()), repeats=3 * REPEATS)
+    row = compare(reader(ours.eval()), reader(theirs.eval()), repeats=3 * size.repeats)
     show(peer, row)
     return {"name": f"one token, against {peer}", **row}
 
 
+def measure(size: Size) -> list[dict[str, Any]]:
+    results = [*training("PEANUT", size), *training("LoRA", size)]
+    if size.every:
+        results += frozen(size)
+    results += [reading(peer, size) for peer in ("PEANUT", "LoRA")]
+    if size.every:
+        keep_freed_memory()
+        results += training("PEANUT", size, ", freed memory kept")
+    return results
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    seconds, extra = row["seconds"], row.get("extra_mib")
+    extra = row.get("extra_mib")
     return [
         row["name"],
-        f"{1000 * seconds['ours']:.0f} / {1000 * seconds['peer']:.0f}",
-        f"{row['time_ratio']:.2f} [{row['time_ratio_min']:.2f}, {row['time_ratio_max']:.2f}]",
-        f"{extra['ours']:.0f} / {extra['peer']:.0f}" if extra else "",
+        both(row["seconds"], ".0f", 1000),
+        time_ratio(row, ".2f"),
+        both(extra, ".0f") if extra else "",
         f"{extra['ours'] / extra['peer']:.2f}" if extra else "",
     ]
 
 
-def main() -> None:
-    results = [*training("PEANUT"), *training("LoRA"), *frozen(), *map(reading, ("PEANUT", "LoRA"))]
-    keep_freed_memory()
-    results += training("PEANUT", ", freed memory kept")
+def table(rows: list[dict[str, Any]]) -> str:
     head = ["work", "CPU ms, ours / peer", "ratio [min, max]", "extra MiB, ours / peer", "ratio"]
+    return markdown(head, [cells(row) for row in rows])
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """PEANUT is the same method, LoRA is not."""
+    found = []
+    for row in rows:
+        work, _, peer = row["name"].rpartition(", against ")
+        found.append(time_line({**row, "name": work}, peer, bar=1.0 if peer == "PEANUT" else None))
+    return found
+
+
+def main() -> None:
+    results = measure(FULL)
     note = (
-        f"Gemma 3 270M in float32, rank {RANK}, all linear layers of the blocks. Medians of {REPEATS} pairs, {3 * REPEATS} for one token, which is {PASSES} passes; "
+        f"Gemma 3 270M in float32, rank {RANK}, all linear layers of the blocks. Medians of {FULL.repeats} pairs, {3 * FULL.repeats} for one token, which is {PASSES} passes; "
         f"{torch.get_num_threads()} threads. Extra memory: above a step that trains nothing. `python -m benchmarks.neat_cost` repeats it."
     )
-    table = f"{markdown(head, [cells(row) for row in results])}\n\n{note}"
-    write(NAME, {"command": "python -m benchmarks.neat_cost", "seed": SEED, "results": results, "table": table})
+    report = {"command": "python -m benchmarks.neat_cost", "seed": SEED, "results": results}
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

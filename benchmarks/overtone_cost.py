@@ -18,7 +18,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -30,16 +30,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
+from benchmarks import cost
 from benchmarks.common import write
-from benchmarks.cost import compare, show, table
+from benchmarks.cost import Line, compare, memory_line, show, time_line
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.overtone import OvertoneConfig, OvertoneSettings, OvertoneStatistics, OvertoneTrainer
 from hf_ext.trainers.overtone.head import add_overtone_head
 
-VOCAB, HIDDEN, SEED, REPEATS = 262_144, 640, 0, 7
+NAME, VOCAB, HIDDEN, SEED = "overtone_cost", 262_144, 640, 0
+STEP = "step, Gemma 3 270M, LoRA, 64 labelled of 96"
 
 
-def head_rows() -> list[dict[str, Any]]:
+class Size(NamedTuple):
+    """How much is measured: heads (trained, labelled tokens, tokens of the prompt), and pairs of each."""
+
+    heads: tuple[tuple[bool, int, int], ...]
+    repeats: int
+
+
+FULL = Size(((False, 16, 0), (False, 64, 0), (False, 256, 0), (False, 64, 192), (True, 64, 0), (True, 256, 0)), 7)
+SMALL = Size(((False, 64, 0), (True, 64, 0)), 3)
+
+
+def head_rows(size: Size) -> list[dict[str, Any]]:
     """Claim 1: one model, the forward patched by TRL as the peer and patched once more by us."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -65,14 +78,7 @@ def head_rows() -> list[dict[str, Any]]:
         model.zero_grad(set_to_none=True)
 
     rows = []
-    for trained, labelled, prompt in (
-        (False, 16, 0),
-        (False, 64, 0),
-        (False, 256, 0),
-        (False, 64, 192),
-        (True, 64, 0),
-        (True, 256, 0),
-    ):
+    for trained, labelled, prompt in size.heads:
         model.lm_head.weight.requires_grad_(trained)
         ids = torch.randint(VOCAB, (1, prompt + labelled + 1))
         labels = ids.clone()
@@ -80,6 +86,7 @@ def head_rows() -> list[dict[str, Any]]:
         row = compare(
             lambda ids=ids, labels=labels: step(our_forward, ids, labels),
             lambda ids=ids, labels=labels: step(peer_forward, ids, labels),
+            size.repeats,
         )
         name = f"head, {labelled} labelled of {prompt + labelled}, {'trained' if trained else 'frozen'}"
         rows.append({"name": name, "labelled": labelled, "prompt": prompt, "head_trained": trained, **row})
@@ -104,7 +111,7 @@ def trainer_step(trainer: SFTTrainer) -> Callable[[], None]:
     return step
 
 
-def step_row() -> dict[str, Any]:
+def step_row(repeats: int) -> dict[str, Any]:
     """Claim 2: whole training steps on Gemma 3 270M; four sequences of 24 tokens with 16 labels each."""
     path = embedded_model()
     generator = torch.Generator().manual_seed(SEED)
@@ -135,28 +142,41 @@ def step_row() -> dict[str, Any]:
                 peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
             )
             steps[name] = trainer_step(trainer)
-    row = compare(steps["ours"], steps["peer"])
-    show("step, Gemma 3 270M, LoRA, 64 labelled of 96", row)
-    return {"name": "step, Gemma 3 270M, LoRA, 64 labelled of 96", **row}
+    row = compare(steps["ours"], steps["peer"], repeats)
+    show(STEP, row)
+    return {"name": STEP, **row}
+
+
+def measure(size: Size) -> list[dict[str, Any]]:
+    rows = head_rows(size)
+    gc.collect()
+    return [*rows, step_row(size.repeats)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return cost.table(rows, "TRL")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """TRL's loss is another, but the head and the model are read as often."""
+    return [line(row, "TRL", bar=1.0) for row in rows for line in (time_line, memory_line)]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = head_rows()
-    gc.collect()
-    rows.append(step_row())
+    rows = measure(FULL)
     report = {
         "command": "python -m benchmarks.overtone_cost",
         "seed": SEED,
-        "repeats": REPEATS,
+        "repeats": FULL.repeats,
         "threads": 1,
         "time": "median CPU seconds of interleaved repeats on one thread; ratios within pairs",
         "memory": "peak of torch's CPU allocator above the start of the call, from the profiler's allocation record",
         "peer": "TRL's fused NLL head (add_fused_lm_head) and SFTTrainer",
         "results": rows,
-        "table": table(rows, "TRL"),
+        "table": table(rows),
     }
-    write("overtone_cost", report)
+    write(NAME, report)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,30 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import markdown, write
+from benchmarks.cost import Line, with_range
 from hf_ext import RoseLoraConfig
 from hf_ext.demo.model import embedded_model
 from hf_ext.tuners.roselora import pruning
 
-SEED, REPEATS, TOKENS, ROWS = 0, 8, 32, 4
+NAME, SEED, TOKENS, ROWS = "roselora_cost", 0, 32, 4
 PHASES = {"selecting": 50, "frozen": 90}  # step counter at which the phase is measured, of 100
+
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    ranks: tuple[int, ...]
+    repeats: int
+
+
+FULL, SMALL = Size((8, 32), 8), Size((8,), 4)
 
 
 def trainer(model: Any) -> Callable[[], None]:
@@ -51,13 +62,13 @@ def build(config: LoraConfig) -> Any:
     return get_peft_model(model, config)
 
 
-def pruning_alone(model: Any) -> float:
+def pruning_alone(model: Any, repeats: int) -> float:
     """Milliseconds of scoring and selecting for all layers, without the rest of the step."""
     factors = [f for p in pruning.pruners(model) for f in p.trainable()]
     for factor in factors:
         factor.parameter.grad = torch.rand_like(factor.parameter)
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         for factor in factors:
             pruning.score(factor, factor.parameter, factor.parameter.grad)
@@ -70,7 +81,7 @@ def pruning_alone(model: Any) -> float:
     return 1000 * statistics.median(times)
 
 
-def measure(rank: int) -> list[dict[str, Any]]:
+def of_rank(rank: int, repeats: int) -> list[dict[str, Any]]:
     shared = dict(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     lora = trainer(build(LoraConfig(**shared)))
     model = build(RoseLoraConfig(**shared, t_init=10, t_final=80))
@@ -81,7 +92,7 @@ def measure(rank: int) -> list[dict[str, Any]]:
         schedule.restart(step)
         lora(), rose(), rose()
         seconds: dict[str, list[float]] = {"lora": [], "roselora": []}
-        for repeat in range(REPEATS):
+        for repeat in range(repeats):
             pairs = [("lora", lora), ("roselora", rose)]
             for name, function in reversed(pairs) if repeat % 2 else pairs:
                 schedule.restart(step)
@@ -101,15 +112,18 @@ def measure(rank: int) -> list[dict[str, Any]]:
         )
         if phase == "selecting":
             schedule.restart(step)
-            rows[-1]["pruning_ms"] = pruning_alone(model)
+            rows[-1]["pruning_ms"] = pruning_alone(model, repeats)
         row = rows[-1]
         print(f"rank {rank:3d} {phase:10s} {row['ratio']:.3f} [{min(ratios):.3f}, {max(ratios):.3f}] {row['seconds']}")
     return rows
 
 
-def main() -> None:
-    rows = [row for rank in (8, 32) for row in measure(rank)]
-    table = markdown(
+def measure(size: Size) -> list[dict[str, Any]]:
+    return [row for rank in size.ranks for row in of_rank(rank, size.repeats)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return markdown(
         ["rank", "phase", "RoseLoRA, s/step", "LoRA, s/step", "ratio [min, max]", "pruning alone, ms"],
         [
             [
@@ -117,21 +131,36 @@ def main() -> None:
                 r["phase"],
                 f"{r['seconds']['roselora']:.3f}",
                 f"{r['seconds']['lora']:.3f}",
-                f"{r['ratio']:.3f} [{r['ratio_min']:.3f}, {r['ratio_max']:.3f}]",
+                with_range(r["ratio"], r["ratio_min"], r["ratio_max"], ".3f"),
                 f"{r['pruning_ms']:.1f}" if "pruning_ms" in r else "-",
             ]
             for r in rows
         ],
     )
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    return [
+        Line(
+            f"step of {ROWS} rows of {TOKENS} tokens, rank {row['rank']}, {row['phase']}",
+            "LoRA",
+            *(1000 * row["seconds"][side] for side in ("roselora", "lora")),
+            "ms",
+            *(row[name] for name in ("ratio", "ratio_min", "ratio_max")),
+        )
+        for row in rows
+    ]
+
+
+def main() -> None:
+    rows = measure(FULL)
     note = (
         f"Training step on Gemma 3 270M (float32, CPU, {ROWS}x{TOKENS} tokens, q_proj and v_proj of all 18 layers), medians "
-        f"of {REPEATS} interleaved pairs; `python -m benchmarks.roselora_cost`. Importance averages cost four bytes per "
+        f"of {FULL.repeats} interleaved pairs; `python -m benchmarks.roselora_cost`. Importance averages cost four bytes per "
         "adapter parameter until `t_final`."
     )
-    write(
-        "roselora_cost",
-        {"command": "python -m benchmarks.roselora_cost", "seed": SEED, "rows": rows, "table": f"{table}\n\n{note}"},
-    )
+    report = {"command": f"python -m benchmarks.{NAME}", "seed": SEED, "rows": rows}
+    write(NAME, report | {"table": f"{table(rows)}\n\n{note}"})
 
 
 if __name__ == "__main__":

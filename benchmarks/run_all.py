@@ -36,6 +36,8 @@ SCRIPTS = (
     "continual.cost",
     "continual.five_tasks",
     "continual.pretrained",
+    "continual.exactness",
+    "summary",
 )
 
 

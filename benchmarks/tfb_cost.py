@@ -9,21 +9,31 @@ normals of all layers, is counted. The peer runs the four rows ten times, or the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import markdown, write
-from benchmarks.cost import compare, keep_freed_memory, show
+from benchmarks.common import write
+from benchmarks.cost import Line, compare, keep_freed_memory, show, table_of_peers, time_line
 from hf_ext.demo.model import embedded_model
 from hf_ext.tuners.tfb import predict
 from hf_ext.tuners.tfb.config import store
 
-NAME, SEED, REPEATS = "tfb_cost", 0, 5
-ROWS, DRAWS, TOKENS = 4, 10, 64
+NAME, SEED = "tfb_cost", 0
+ROWS, DRAWS = 4, 10
+
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    tokens: int
+    repeats: int
+
+
+FULL, SMALL = Size(64, 5), Size(8, 3)
 
 
 def adapted() -> Any:
@@ -45,9 +55,8 @@ def reader(model: Any, batch: dict[str, Tensor], times: int) -> Callable[[], Non
     return read
 
 
-def main() -> None:
-    keep_freed_memory()
-    ids = torch.randint(3, 200_000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+def measure(size: Size) -> list[dict[str, Any]]:
+    ids = torch.randint(3, 200_000, (ROWS, size.tokens), generator=torch.Generator().manual_seed(SEED))
     batch = {"input_ids": ids, "use_cache": False}
     model, fitted = adapted(), adapted()
     store(fitted, "default", {"sigma_q": 0.01, "targets": "all", "rtol": 1e-5})
@@ -61,25 +70,42 @@ def main() -> None:
     }
     results = []
     for name, (ours, peer) in sides.items():
-        row = compare(ours, peer, repeats=REPEATS if "ten" in name else 5 * REPEATS)
+        row = compare(ours, peer, repeats=size.repeats if "ten" in name else 5 * size.repeats)
         show(name, row)
         results.append({"name": name, **row})
-    cells = [
-        [
-            *row["name"].split(" | "),
-            f"{1000 * row['seconds']['ours']:.0f} / {1000 * row['seconds']['peer']:.0f}",
-            f"{row['time_ratio']:.3f} [{row['time_ratio_min']:.3f}, {row['time_ratio_max']:.3f}]",
-            f"{row['peak_mib']['ours']:.0f} / {row['peak_mib']['peer']:.0f}",
-        ]
-        for row in results
+    return results
+
+
+def with_peers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with name and peer apart."""
+    return [{**row, **dict(zip(("name", "peer"), row["name"].split(" | "), strict=True))} for row in rows]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return table_of_peers(with_peers(rows), "ms")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """Passes that read as much are the same work; of the silent adapter the ratio is that of two equal models."""
+    return [
+        time_line(
+            {**row, "name": f"{ROWS} rows of {size.tokens} tokens, {row['name']}"},
+            row["peer"],
+            bar=None if row["name"] == "silent" else 1.0,
+        )
+        for row in with_peers(rows)
     ]
-    head = ["work", "peer", "CPU ms, ours / peer", "ratio [min, max]", "MiB at most, ours / peer"]
+
+
+def main() -> None:
+    keep_freed_memory()
+    results = measure(FULL)
     note = (
-        f"{ROWS} rows of {TOKENS} tokens, float32, {torch.get_num_threads()} threads; medians of {REPEATS} pairs, {5 * REPEATS} of the last. "
+        f"{ROWS} rows of {FULL.tokens} tokens, float32, {torch.get_num_threads()} threads; medians of {FULL.repeats} pairs, {5 * FULL.repeats} of the last. "
         "`python -m benchmarks.tfb_cost` repeats it."
     )
-    table = f"{markdown(head, cells)}\n\n{note}"
-    write(NAME, {"command": "python -m benchmarks.tfb_cost", "seed": SEED, "results": results, "table": table})
+    report = {"command": "python -m benchmarks.tfb_cost", "seed": SEED, "results": results}
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

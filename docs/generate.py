@@ -1,4 +1,4 @@
-"""Rewrite the generated parts of README.md and docs/methods/README.md from `hf_ext/registry.py` and the results.
+"""Rewrite what is generated: the list of methods from `hf_ext/registry.py`, tables from `benchmarks/results/`, and `docs/API.md` from the sources.
 
 Run `make docs`; a test fails when a page is out of date.
 """
@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from docs import api
 from hf_ext.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,11 +47,12 @@ def pages() -> dict[Path, str]:
         readme: fill(readme.read_text(), "methods", method_table("")),
         index: fill(index.read_text(), "methods", method_table("../../")),
     }
-    for page in sorted((ROOT / "docs").glob("**/*.md")):
+    for page in [readme, *sorted((ROOT / "docs").glob("**/*.md"))]:
         text = rendered.get(page, page.read_text())
         for name in re.findall(r"<!-- results:(\w+):begin -->", text):
             text = fill(text, f"results:{name}", results_table(name))
         rendered[page] = text
+    rendered[ROOT / "docs/API.md"] = api.page()
     return rendered
 
 

@@ -1,7 +1,7 @@
 """What a step of adaptive SVD costs next to full fine-tuning and to PEFT's OSF, on Gemma 3 270M.
 
 All three train the linear layers of the transformer blocks, in float32 with fused AdamW and clipping; embeddings and norms are frozen, as OSF
-freezes them. A step has `EXAMPLES` rows, one at a time; the output layer reads the last `LABELS` positions of each, as in the
+freezes them. A step has sixteen rows, one at a time; the output layer reads the last `LABELS` positions of each, as in the
 paper's classification tasks, whose answers are short. Both sides of a ratio run in turn in one process. Memory is all that a side holds between
 steps (model, optimizer, bases) plus the peak of a step above it. One row is what no method can go below: forward and backward without the
 gradient of any weight, against OSF.
@@ -17,25 +17,37 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import OSFConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks import cost
 from benchmarks.common import write
-from benchmarks.cost import allocated_peak, keep_freed_memory, show, table
+from benchmarks.cost import Line, allocated_peak, keep_freed_memory, memory_line, show, time_line
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import find_targets
 
-NAME, SEED, REPEATS = "continual_cost", 0, 3
-EXAMPLES, TOKENS, LABELS = 16, 512, 4
-RETENTIONS = (0.5, 0.8)
+NAME, SEED, LABELS = "continual_cost", 0, 4
 OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0, "fused": True}
+
+
+class Size(NamedTuple):
+    """How much is measured: shares that are protected, rows of a step and their tokens, turns, and with `every` other steps, too."""
+
+    retentions: tuple[float, ...]
+    rows: int
+    tokens: int
+    repeats: int
+    every: bool
+
+
+FULL, SMALL = Size((0.5, 0.8), 16, 512, 3, True), Size((0.8,), 4, 128, 3, False)
 
 
 def load() -> Any:
@@ -60,12 +72,11 @@ class Step:
         extra: Iterable[Tensor] = (),
     ) -> None:
         self.model, self.optimizer, self.clip, self.extra = model, optimizer, clip, list(extra)
-        self.draw(1, 1)
 
-    def draw(self, batches: int, rows: int) -> None:
+    def draw(self, batches: int, rows: int, tokens: int) -> None:
         """Micro-batches of so many rows."""
         generator = torch.Generator().manual_seed(SEED)
-        self.ids = torch.randint(3, 200_000, (batches, rows, TOKENS), generator=generator)
+        self.ids = torch.randint(3, 200_000, (batches, rows, tokens), generator=generator)
 
     def __call__(self) -> None:
         for ids in self.ids:
@@ -134,17 +145,17 @@ def floor_step() -> Step:
     return Step(model, torch.optim.SGD([torch.zeros(1)]), lambda: None)
 
 
-def measure(sides: dict[str, Step], shape: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Seconds of every turn, and MiB, of steps of micro-batches `(number, rows)`."""
+def turns(sides: dict[str, Step], batches: int, rows: int, size: Size) -> dict[str, dict[str, Any]]:
+    """Seconds of every turn, and MiB, of steps of so many micro-batches of so many rows."""
     peaks = {}
     for name, step in sides.items():
         # Two micro-batches have the highest memory of any number, and warm up.
-        step.draw(2, shape[1])
+        step.draw(2, rows, size.tokens)
         step()
         peaks[name] = allocated_peak(step) + step.held_mib()
-        step.draw(*shape)
+        step.draw(batches, rows, size.tokens)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(REPEATS):
+    for turn in range(size.repeats):
         # The order alternates, so that no side always runs on the caches that another left behind.
         for name in sorted(sides, reverse=bool(turn % 2)):
             start = time.process_time()
@@ -173,46 +184,75 @@ def ratio(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, An
     return row
 
 
-def main() -> None:
-    keep_freed_memory()
+def decompositions() -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The bases of all weights, and how many seconds they took."""
     start = time.perf_counter()
     bases = {name: singular_basis(layer.weight) for name, layer in find_targets(load(), None).items()}
-    decomposition = time.perf_counter() - start
+    return bases, time.perf_counter() - start
+
+
+def measure(size: Size, bases: dict[str, tuple[Tensor, Tensor]] | None = None) -> list[dict[str, Any]]:
+    bases = bases or decompositions()[0]
     results = []
-    for retention in RETENTIONS:
+    for retention in size.retentions:
         sides = {"full": full_step(), "osf": osf_step(retention), "ours": our_step(retention, bases)}
-        if retention == RETENTIONS[-1]:
+        last = retention == size.retentions[-1]
+        if size.every and last:
             sides["floor"] = floor_step()
-        found, title = measure(sides, (EXAMPLES, 1)), f"{retention:.0%} protected, against"
+        found, title = turns(sides, size.rows, 1, size), f"{retention:.0%} protected, against"
         results.append(ratio(f"{title} full fine-tuning", found["ours"], found["full"]))
         results.append(ratio(f"{title} OSF", found["ours"], found["osf"]))
-        if "floor" in sides:
+        if size.every and last:
             results.append(ratio("no weight trained, against OSF with 80%", found["floor"], found["osf"]))
             sides.pop("floor"), sides.pop("full")
-            found = measure(sides, (EXAMPLES // 2, 2))
+            found = turns(sides, size.rows // 2, 2, size)
             results.append(ratio(f"{title} OSF, two rows at a time", found["ours"], found["osf"]))
-        else:
+        elif size.every:
             sides.pop("osf")
-            found = measure(sides, (EXAMPLES // 2, 1))
-            results.append(
-                ratio(f"{title} full fine-tuning, {EXAMPLES // 2} rows a step", found["ours"], found["full"])
-            )
+            found, half = turns(sides, size.rows // 2, 1, size), f"{size.rows // 2} rows a step"
+            results.append(ratio(f"{title} full fine-tuning, {half}", found["ours"], found["full"]))
         del sides
         gc.collect()  # hooks of a model refer to it
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return cost.table(rows, "peer")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    """OSF protects the same directions; full fine-tuning protects none, and is what the step is compared with all the same."""
+    found = []
+    for row in rows:
+        work, _, peer = row["name"].partition(", against ")
+        named = {**row, "name": f"step of {size.rows} rows of {size.tokens} tokens, {work}"}
+        found += [line(named, peer, bar=1.0 if peer.startswith("OSF") else None) for line in (time_line, memory_line)]
+    return found
+
+
+def main() -> None:
+    keep_freed_memory()
+    bases, decomposition = decompositions()
+    results = measure(FULL, bases)
     alone = "; ".join(
         f"{row['name']}: {row['weights_ratio']:.2f}"
         for row in results
         if "rows" not in row["name"] and "no weight" not in row["name"]
     )
     note = (
-        f"Gemma 3 270M, float32, linear layers of the blocks, steps of {EXAMPLES} rows of {TOKENS} tokens, one at a time, of which the output layer reads "
-        f"{LABELS}. Medians of {REPEATS} turns, {torch.get_num_threads()} threads; memory is what is held between steps plus the peak above it. Memory of the protected "
+        f"Gemma 3 270M, float32, linear layers of the blocks, steps of {FULL.rows} rows of {FULL.tokens} tokens, one at a time, of which the output layer reads "
+        f"{LABELS}. Medians of {FULL.repeats} turns, {torch.get_num_threads()} threads; memory is what is held between steps plus the peak above it. Memory of the protected "
         f"weights alone, with bases, gradients and moments, ours / peer: {alone}. The decomposition of all weights before a task took {decomposition:.0f} s. "
         "Freed memory stays with the process, as in long runs on a CPU; otherwise a part of every step, which varies, goes into getting it back from the system. "
         "`python -m benchmarks.continual.cost` repeats it."
     )
-    report = {"command": "python -m benchmarks.continual.cost", "seed": SEED, "repeats": REPEATS, "results": results}
-    write(NAME, report | {"table": f"{table(results, 'peer')}\n\n{note}"})
+    report = {
+        "command": "python -m benchmarks.continual.cost",
+        "seed": SEED,
+        "repeats": FULL.repeats,
+        "results": results,
+    }
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

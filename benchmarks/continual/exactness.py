@@ -31,7 +31,7 @@ def main() -> None:
     weights = {name: layer.weight.detach().clone() for name, layer in find_targets(cost.load(), None).items()}
     bases = {name: singular_basis(weight) for name, weight in weights.items()}
     step = cost.our_step(RETENTION, bases)
-    step.ids = step.ids[..., :TOKENS]
+    step.draw(1, 1, TOKENS)
     for _ in range(STEPS):
         step()
     trained = {name: step.model.get_submodule(name).weight.detach() for name in weights}

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.common import RESULTS, markdown, write
+from benchmarks.cost import Line
 from hf_ext.cache.squat import SQuatCache, SQuatLayer
 from hf_ext.cache.squat.attention import squat_attention_forward
 from hf_ext.demo.model import embedded_model
@@ -33,6 +34,27 @@ NAME, HEADS, RATIO, CHANNELS = "kv_cache_decode", 8, 4, 128
 MODULE: Any = SimpleNamespace(num_key_value_groups=RATIO, is_causal=True, training=False, layer_idx=0)
 SLOW = 4  # times around for what takes long
 LARGEST = 65536  # tokens of all sequences together, to fit into memory
+FULL_PRECISION, QUANTO = "DynamicCache, float32", "QuantizedCache, quanto 4 bits"
+AT_BEST = "sdpa alone, float32, heads as rows"
+# Ours and a peer, for the summary; the other packed cache does the same work.
+PAIRS = {
+    ("SQuatCache, 2 bits", AT_BEST): None,
+    ("SQuatCache, 2 bits", FULL_PRECISION): None,
+    ("SQuatCache, 4 bits", QUANTO): 1.0,
+}
+
+
+class Size(NamedTuple):
+    """How much is measured: tokens in a cache, sequences at once, turns, and all caches of the layer, or those of `PAIRS`."""
+
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    rounds: int
+    every: bool
+
+
+FULL = Size((1024, 2048, 4096, 8192, 16384, 32768), (1, 8), 20, True)
+SMALL = Size((4096,), (1,), 5, False)
 
 
 class Still:
@@ -61,7 +83,7 @@ def caches(layers: int = 1) -> dict[str, tuple[torch.dtype, Callable[[], Any]]]:
         attn_implementation="squat",
     )
     found: dict[str, tuple[torch.dtype, Callable[[], Any]]] = {
-        "DynamicCache, float32": (torch.float32, lambda: DynamicCache(config=config)),
+        FULL_PRECISION: (torch.float32, lambda: DynamicCache(config=config)),
         "DynamicCache, bfloat16": (torch.bfloat16, lambda: DynamicCache(config=config)),
     }
     for bits in (2, 3, 4, 8):
@@ -118,8 +140,8 @@ def filled(make: Callable[[], Any], dtype: torch.dtype, batch: int, context: int
 Step = Callable[[Any], None]
 
 
-def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step and bytes, per cache; the caches take turns."""
+def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds of every step, and bytes, per cache; the caches take turns."""
     times: dict[str, list[float]] = {name: [] for name in built}
     for turn in range(rounds + 1):
         for name, cache in built.items():
@@ -130,24 +152,32 @@ def timed(built: dict[str, Any], steps: dict[str, Step], rounds: int) -> dict[st
             if turn:  # the first is a warm-up
                 times[name].append((time.perf_counter() - started) * 1e3)
     return {
-        name: {"ms": statistics.median(values), "min_ms": min(values), "bytes": cache_bytes(built[name])}
+        name: {
+            "ms": statistics.median(values),
+            "min_ms": min(values),
+            "turns_ms": values,
+            "bytes": cache_bytes(built[name]),
+        }
         for name, values in times.items()
     }
 
 
-def layer_steps(context: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def layer_steps(context: int, batch: int, size: Size) -> dict[str, dict[str, Any]]:
     """One attention layer."""
-    alone = {"sdpa alone, float32": Still, "sdpa alone, float32, heads as rows": StillInRows}
+    alone = {"sdpa alone, float32": Still, AT_BEST: StillInRows}
     kinds = {**{name: (torch.float32, make) for name, make in alone.items()}, **caches()}
+    if not size.every:
+        chosen = {name for pair in PAIRS for name in pair}
+        kinds = {name: kind for name, kind in kinds.items() if name in chosen}
     built = {name: filled(make, dtype, batch, context) for name, (dtype, make) in kinds.items()}
     return timed(
         built,
         {name: lambda cache, dtype=dtype: step(cache, dtype, batch) for name, (dtype, _) in kinds.items()},
-        rounds,
+        size.rounds,
     )
 
 
-def model_steps(model: PreTrainedModel, context: int, rounds: int) -> dict[str, dict[str, float]]:
+def model_steps(model: PreTrainedModel, context: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Whole steps of a model, batch 1, its caches filled with random tokens."""
     config = model.config
     token = torch.tensor([[5]])
@@ -173,7 +203,7 @@ def model_steps(model: PreTrainedModel, context: int, rounds: int) -> dict[str, 
         return one
 
     model.set_attn_implementation("squat")
-    built: dict[str, Any] = {"DynamicCache, float32": full(DynamicCache(config=config))}
+    built: dict[str, Any] = {FULL_PRECISION: full(DynamicCache(config=config))}
     built.update({f"SQuatCache, {bits} bits": full(SQuatCache(config, bits=bits)) for bits in (2, 4)})
     return timed(built, {name: run("squat" if name.startswith("SQuat") else "sdpa") for name in built}, rounds)
 
@@ -213,47 +243,56 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure(size: Size) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+
+    def add(what: str, batch: int, context: int, measured: dict[str, dict[str, Any]]) -> None:
+        results.append({"what": what, "batch": batch, "context": context, "caches": measured})
+        found = {name: f"{v['ms']:.2f} ms, {v['bytes'] / 2**20:.1f} MiB" for name, v in measured.items()}
+        print(what, batch, context, found, flush=True)
+
+    with torch.no_grad():
+        for batch in size.batches:
+            for context in size.contexts:
+                if batch * context <= LARGEST:
+                    add("layer", batch, context, layer_steps(context, batch, size))
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+        for context in size.contexts:
+            add("Gemma 3 270M", 1, context, model_steps(model, context, size.rounds))
+    return results
+
+
+def lines(results: list[dict[str, Any]], size: Size) -> list[Line]:
+    """Those of `PAIRS` that were measured: `QuantizedCache` needs a library of its own."""
+    found = []
+    for row in results:
+        for (ours, peer), bar in PAIRS.items():
+            if {ours, peer} <= row["caches"].keys():
+                left, right = (row["caches"][name] for name in (ours, peer))
+                # QuantizedCache makes fewer turns.
+                ratios = [a / b for a, b in zip(left["turns_ms"], right["turns_ms"], strict=False)]
+                spread = statistics.median(ratios), min(ratios), max(ratios)
+                what = f"{row['what']}: a token after {row['context']:,}, {ours}"
+                found.append(Line(what, peer, left["ms"], right["ms"], "ms", *spread, bar))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--contexts", type=int, nargs="+", default=FULL.contexts)
+    parser.add_argument("--batches", type=int, nargs="+", default=FULL.batches)
+    parser.add_argument("--rounds", type=int, default=FULL.rounds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results: list[dict[str, Any]] = []
-
-    def add(what: str, batch: int, context: int, measured: dict[str, dict[str, float]]) -> None:
-        results.append({"what": what, "batch": batch, "context": context, "caches": measured})
-        print(
-            what,
-            batch,
-            context,
-            {name: f"{v['ms']:.2f} ms, {v['bytes'] / 2**20:.1f} MiB" for name, v in measured.items()},
-            flush=True,
-        )
-
-    with torch.no_grad():
-        for batch in options.batches:
-            for context in options.contexts:
-                if batch * context <= LARGEST:
-                    add("layer", batch, context, layer_steps(context, batch, options.rounds))
-        model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
-        for context in options.contexts:
-            add("Gemma 3 270M", 1, context, model_steps(model, context, options.rounds))
+    results = measure(Size(options.contexts, options.batches, options.rounds, True))
     note = (
         f"Layer: {HEADS} key-value heads, {RATIO} query heads each, {CHANNELS} channels, random tokens. Model: whole step, float32, whose three full-attention layers are packed. "
         f"Medians of {options.rounds} turns ({SLOW} for QuantizedCache), {options.threads} CPU thread(s), kernels: {native.status()}. `python -m benchmarks.kv_cache.decode` repeats it."
     )
-    write(
-        NAME,
-        {
-            "command": "python -m benchmarks.kv_cache.decode",
-            "threads": options.threads,
-            "results": results,
-            "table": f"{table(results)}\n\n{note}",
-        },
-    )
+    command = "python -m benchmarks.kv_cache.decode"
+    report = {"command": command, "threads": options.threads, "results": results}
+    write(NAME, report | {"table": f"{table(results)}\n\n{note}"})
     plot(results, RESULTS / f"{NAME}.png")
 
 

@@ -16,18 +16,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.common import markdown, write
-from benchmarks.kv_cache.decode import caches, filled, step
+from benchmarks.cost import Line
+from benchmarks.kv_cache.decode import FULL_PRECISION, QUANTO, caches, filled, step
 from hf_ext.cache.squat import SQuatCache
 from hf_ext.metrics.compression import cache_bytes
 
 NAME, LAYERS = "kv_cache_memory", 16
 STEPS = 70  # enough for every layer to pack a group
 SLOW = 5  # steps of the other caches, each of which does the same
+# Ours and a peer, for the summary; the other packed cache does the same work.
+PAIRS = {("SQuatCache, 2 bits", FULL_PRECISION): None, ("SQuatCache, 4 bits", QUANTO): 1.0}
+
+
+class Size(NamedTuple):
+    """How much is measured: tokens in a cache, and all caches or those of `PAIRS`."""
+
+    contexts: tuple[int, ...]
+    every: bool
+
+
+FULL, SMALL = Size((8192,), True), Size((4096,), False)
 
 
 def resident(kind: str) -> int:
@@ -65,7 +78,7 @@ def growth(name: str, context: int) -> dict[str, int]:
     return {"cache": most, "prefill": prefill, "decode": resident("VmHWM") - before}
 
 
-def measure(name: str, context: int) -> dict[str, int]:
+def apart(name: str, context: int) -> dict[str, int]:
     """`growth` in a process of its own, whose allocator does not keep what is freed."""
     command = [sys.executable, "-m", "benchmarks.kv_cache.memory", "--one", name, "--contexts", str(context)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
@@ -75,26 +88,19 @@ def measure(name: str, context: int) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
-    parser.add_argument("--one", help="measure only this cache, in this process, and print JSON")
-    options = parser.parse_args()
-    torch.set_grad_enabled(False)
-    if options.one:
-        print(json.dumps(growth(options.one, options.contexts[0])))
-        return
+def measure(size: Size) -> list[dict[str, Any]]:
+    chosen = {name for pair in PAIRS for name in pair}
     results = []
-    for context in options.contexts:
+    for context in size.contexts:
         for name in caches():
-            if "hqq" not in name:  # packs as quanto does, and takes minutes to fill
-                results.append({"context": context, "name": name, **measure(name, context)})
+            # hqq packs as quanto does, and takes minutes to fill.
+            if "hqq" not in name and (size.every or name in chosen):
+                results.append({"context": context, "name": name, **apart(name, context)})
                 print(results[-1], flush=True)
-    save(results)
+    return results
 
 
-def save(results: list[dict[str, Any]]) -> None:
-    """The results file with its table."""
+def table(results: list[dict[str, Any]]) -> str:
     head = [
         "cache",
         "context",
@@ -114,12 +120,38 @@ def save(results: list[dict[str, Any]]) -> None:
         ]
         for row in results
     ]
+    return markdown(head, rows)
+
+
+def lines(results: list[dict[str, Any]], size: Size) -> list[Line]:
+    """Those of `PAIRS` that were measured, once each."""
+    grown = {(row["context"], row["name"]): row["decode"] / 2**20 for row in results}
+    found = []
+    for context in dict.fromkeys(row["context"] for row in results):
+        for (ours, peer), bar in PAIRS.items():
+            if (context, ours) in grown and (context, peer) in grown:
+                left, right = grown[context, ours], grown[context, peer]
+                what = f"growth of a process that decodes after {context:,} tokens, {LAYERS} layers, {ours}"
+                found.append(Line(what, peer, left, right, "MiB", *[left / right] * 3, bar))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=FULL.contexts)
+    parser.add_argument("--one", help="measure only this cache, in this process, and print JSON")
+    options = parser.parse_args()
+    if options.one:
+        torch.set_grad_enabled(False)
+        print(json.dumps(growth(options.one, options.contexts[0])))
+        return
+    results = measure(Size(options.contexts, True))
     note = (
         f"{LAYERS} layers of 8 key-value heads with 128 channels in float32, batch 1, {STEPS} steps ({SLOW} of the other caches), resident memory of the process. "
         "`python -m benchmarks.kv_cache.memory` repeats it."
     )
     command = "python -m benchmarks.kv_cache.memory"
-    write(NAME, {"command": command, "results": results, "table": f"{markdown(head, rows)}\n\n{note}"})
+    write(NAME, {"command": command, "results": results, "table": f"{table(results)}\n\n{note}"})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -24,15 +24,27 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import cost
 from benchmarks.common import write
-from benchmarks.cost import compare, show, table
+from benchmarks.cost import Line, compare, memory_line, show, time_line
 from hf_ext.demo.model import embedded_model
 from hf_ext.trainers.flat import FlatConfig, FlatTrainer
 from hf_ext.trainers.flat.data import DEFAULT_TEMPLATES
 
-NAME, SEED, REPEATS = "unlearning_cost", 0, 5
+NAME, SEED = "unlearning_cost", 0
 VOCAB, HIDDEN, LAYERS, BATCH, PADDED = 128_256, 256, 4, 2, 500
 DATA = Path(__file__).parents[1] / "data" / "tofu.jsonl"
+TO_THE_LONGEST = "padded to the longest row", None
+
+
+class Size(NamedTuple):
+    """How much is measured: the reference with rows padded so, and pairs of each."""
+
+    paddings: tuple[tuple[str, int | None], ...]
+    repeats: int
+
+
+FULL, SMALL = Size(((f"padded to {PADDED}", PADDED), TO_THE_LONGEST), 5), Size((TO_THE_LONGEST,), 3)
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -141,31 +153,45 @@ def plain_step(rows: Dataset, length: int | None) -> Callable[[], float]:
     return step
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def measure(size: Size) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     rows = prepared_rows(tokenizer)
     ours, results = trainer_step(rows, tokenizer), []
-    for name, length in ((f"padded to {PADDED}", PADDED), ("padded to the longest row", None)):
+    for name, length in size.paddings:
         peer = plain_step(rows, length)
         losses = ours(), peer()
         if not math.isclose(*losses, abs_tol=1e-6):
             raise RuntimeError(f"the two sides compute other losses: {losses}")
-        results.append({"name": f"step, reference {name}", **compare(ours, peer, REPEATS)})
+        results.append({"name": f"step, reference {name}", **compare(ours, peer, size.repeats)})
         show(results[-1]["name"], results[-1])
         del peer
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return cost.table(rows, "reference")
+
+
+def lines(rows: list[dict[str, Any]], size: Size) -> list[Line]:
+    return [line(row, "two plain forwards", bar=1.0) for row in rows for line in (time_line, memory_line)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = measure(FULL)
+    rows = prepared_rows(AutoTokenizer.from_pretrained(embedded_model()))
     lengths = [len(r["prompt_ids"]) + max(len(r["forget_ids"]), len(r["template_ids"][0])) for r in rows]
     note = (
         f"Llama with {LAYERS} layers, hidden size {HIDDEN}, vocabulary {VOCAB:,}, float32, all weights trained; {BATCH} pairs of at most {max(lengths)} tokens. "
-        f"Medians of {REPEATS} turns, one thread. `python -m benchmarks.unlearning.cost` repeats it."
+        f"Medians of {FULL.repeats} turns, one thread. `python -m benchmarks.unlearning.cost` repeats it."
     )
     report = {
         "command": "python -m benchmarks.unlearning.cost",
         "seed": SEED,
-        "repeats": REPEATS,
+        "repeats": FULL.repeats,
         "threads": 1,
         "results": results,
-        "table": f"{table(results, 'reference')}\n\n{note}",
+        "table": f"{table(results)}\n\n{note}",
     }
     write(NAME, report)
 

@@ -51,7 +51,7 @@ def brier(probs: Tensor, labels: Tensor) -> float:
 def reliability(
     confidence: Tensor, correct: Tensor, n_bins: int = 15, adaptive: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a reliability diagram shows.
+    """Rows, mean confidence and share of right predictions, bin by bin: what a reliability diagram shows.
 
     Args:
         confidence: `(N,)`, probability of the predicted class.
@@ -278,7 +278,7 @@ class CalibrationReport:
 def evaluate_calibration(
     probs: Tensor, labels: Tensor, uncertainty: Tensor | None = None, n_bins: int = 15
 ) -> CalibrationReport:
-    """Judge probabilities by labels.
+    """Judge probabilities `(N, C)` by labels: accuracy, calibration errors, NLL, Brier score, and how well uncertainty finds errors.
 
     Args:
         probs: `(N, C)`, each row adding up to 1.

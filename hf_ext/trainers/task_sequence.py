@@ -42,7 +42,7 @@ STATE_FILE = "_continual_state.json"
 
 @dataclass(frozen=True)
 class ContinualTask:
-    """One task of a sequence.
+    """One task of a sequence: what it is trained on, and what its score is measured on.
 
     Attributes:
         name: unique in the sequence.

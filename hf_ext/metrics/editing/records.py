@@ -42,7 +42,7 @@ class Question:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit and its probes.
+    """One edit, and the questions that probe it: other wordings, conclusions, and what must stay.
 
     Attributes:
         prompt: prompt of the edited fact, without trailing white space.

@@ -61,7 +61,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class EditingReport:
-    """Result of an evaluation.
+    """Scores of every edit by metric and protocol, with means, bootstrap intervals and tables.
 
     Attributes:
         settings: how it was measured: protocols, answer policy, decoding, setting; reports are comparable only if equal.

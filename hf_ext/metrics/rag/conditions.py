@@ -13,13 +13,18 @@ from typing import Any
 
 from hf_ext.metrics.rag.matching import normalize_answer
 
-NO_GOLD, CLOSED_BOOK, ADVERSARIAL = "no gold", "closed book", "adversarial"
+NO_GOLD = "no gold"
+"""The condition in which distractors are given, and no gold passage."""
+CLOSED_BOOK = "closed book"
+"""The condition in which no passage is given."""
+ADVERSARIAL = "adversarial"
+"""What the names of conditions call copies of gold passages with a wrong answer in the place of the right one."""
 Passage = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with what is known about it.
+    """A question with its accepted answers and its passages.
 
     Attributes:
         id: unique.
@@ -47,11 +52,7 @@ class Question:
 
 
 def iter_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
-    """Questions from rows with `question`, `answers`, optional `id`, and optional `documents` with `title`, `text` and `is_gold`.
-
-    Raises:
-        ValueError: naming the row: a question or answers that are missing or empty, an id that occurs twice, a passage without text.
-    """
+    """What `read_questions` reads, row by row."""
     seen: set[str] = set()
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -85,13 +86,17 @@ def iter_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
 
 
 def read_questions(rows: Iterable[Mapping[str, Any]]) -> list[Question]:
-    """All of `iter_questions`."""
+    """Questions from rows with `question`, `answers`, optional `id`, and optional `documents` with `title`, `text` and `is_gold`.
+
+    Raises:
+        ValueError: naming the row: a question or answers that are missing or empty, an id that occurs twice, a passage without text.
+    """
     return list(iter_questions(rows))
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a question is asked with.
+    """What a question is asked with: gold passages, distractors, and false copies of gold passages.
 
     Attributes:
         gold: whether its gold passages are there.

@@ -84,7 +84,7 @@ def is_refusal(answer: str) -> bool:
 
 @dataclass(frozen=True)
 class AnswerMatcher:
-    """Whether an answer is accepted.
+    """Says whether an answer is one of the gold answers, or contains one.
 
     Attributes:
         match: "exact" after normalisation, or "contains": a gold answer stands somewhere in it, for long answers.

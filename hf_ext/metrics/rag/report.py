@@ -27,7 +27,7 @@ _LEVEL = re.compile(r"gold \+ (\d+)")
 
 @dataclass(frozen=True)
 class RagReport:
-    """Judged answers.
+    """Judged answers under every condition, with means and bootstrap intervals.
 
     Attributes:
         conditions: their names in the order they were asked.

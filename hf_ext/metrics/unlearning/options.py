@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_ext.metrics.unlearning.scores import PromptFormat
 
-# Attack -> its options and their defaults.
 ATTACKS: dict[str, dict[str, Any]] = {
     "adapter_off": {},
     "quantization": {"bits": (8, 4)},
@@ -18,6 +17,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "relearning": {"steps": (2, 4, 8, 16), "learning_rate": 1e-4, "train_batch_size": 16},
     "gradient_norm": {},
 }
+"""Attacks of `evaluate_unlearning` by name, each with its options and their defaults."""
 _RULES = {
     "bits": "a list of whole numbers from 2 to 8, e.g. (8, 4)",
     "samples": "a whole number of at least 1",

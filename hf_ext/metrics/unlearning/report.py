@@ -23,7 +23,7 @@ _HEADLINE = ("forget_quality", "model_utility")
 
 @dataclass(frozen=True)
 class UnlearningReport:
-    """What `evaluate_unlearning` found.
+    """What `evaluate_unlearning` found: forgetting, utility, memorisation, privacy and attacks, with intervals and the retrained model beside.
 
     Attributes:
         settings: format, decoding, seed, attacks, and a digest of the rows of each split.

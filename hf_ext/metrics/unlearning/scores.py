@@ -56,7 +56,7 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One answer, token by token.
+    """One answer, token by token: its log-probabilities in nats, and whether greedy decoding would give each.
 
     Attributes:
         log_probs: log p(y_t | prompt, y_<t), float64 [T].
@@ -88,7 +88,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """All answers of one row."""
+    """Scores of a row's answer, of its paraphrase, and of the perturbed answers, as far as the row has them."""
 
     answer: TokenScores
     paraphrase: TokenScores | None = None

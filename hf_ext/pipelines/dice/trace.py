@@ -54,7 +54,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class DiceSettings:
-    """How a trajectory is made.
+    """How the trajectory of an inversion is made; a `DiceTrace` keeps it for the replay.
 
     Args:
         num_inference_steps: S, number of states; at least 1.

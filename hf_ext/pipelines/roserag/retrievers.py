@@ -14,7 +14,7 @@ Passage = dict[str, Any]
 
 
 class Retriever(Protocol):
-    """Finds passages."""
+    """Finds passages: anything with `search(queries, k)`, which returns the k best of each query, best first."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The k best passages of each query, best first: `{"title", "text", "score"}`, and the other fields they came with."""

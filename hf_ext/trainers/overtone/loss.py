@@ -114,7 +114,7 @@ class ReferenceLosses(NamedTuple):
 
 
 def overtone_reference(logits_NV: Tensor, labels_N: Tensor, settings: OvertoneSettings) -> ReferenceLosses:
-    """The definition above, materialised in the dtype of the logits. It is the truth the fast versions are tested against.
+    """The OVERTONE loss of logits [N, V] and labels [N] by its definition, in the dtype of the logits; the fast versions are tested against it.
 
     Padded columns beyond `valid_vocab_size` are dropped, so `target` and `keep` have that many columns.
     """

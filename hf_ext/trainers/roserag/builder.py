@@ -49,7 +49,7 @@ def _name(identity: str) -> str:
 
 
 class RoseRAGDatasetBuilder:
-    """Preference data for `RoseRAGTrainer`.
+    """Builds preference data for `RoseRAGTrainer` from questions and passages: pairs of responses that the model wrote itself.
 
     Args:
         writer: writes responses: the model that will be trained, in memory or behind a server.

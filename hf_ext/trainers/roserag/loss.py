@@ -110,7 +110,7 @@ def negative_log_likelihood(responses: Responses, normalization: str) -> Tensor:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A term that `loss_type` can name.
+    """A preference loss that `loss_type` can name, as a function of the log-probabilities of both responses.
 
     Attributes:
         function: `(chosen, rejected, beta, gamma) -> (B,)`.

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """How responses are drawn: temperature, nucleus and length.
 
     Attributes:
         temperature: >= 0; 0 is greedy.

@@ -74,6 +74,7 @@ PRESETS = {
         3,
     ),
 }
+"""Recipes of `sft_recipe` by name: summary, samples per step, learning rate, schedule, warm-up and epochs (https://huggingface.co/papers/2412.13337)."""
 
 
 def batch_for(samples: int) -> int:

@@ -85,7 +85,7 @@ def rollback(model: Any, name: str, adapter: str = "default") -> None:
 
 
 def restore(model: Any, name: str, adapter: str = "default") -> None:
-    """Undo `rollback`.
+    """Undo `rollback`: the basis vectors of the edit have their learnt weights again.
 
     Raises:
         ValueError: there is no such edit, or it has no basis vectors of its own.

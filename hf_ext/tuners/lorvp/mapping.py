@@ -20,7 +20,7 @@ ASSIGNMENTS = ("optimal", "greedy")
 
 @dataclass(frozen=True)
 class LabelMap:
-    """A label map and how well it does.
+    """A source class for each class of the new task, and how well the two agree.
 
     Attributes:
         sources: of each target class, the source class.

@@ -51,7 +51,7 @@ _TOLERANCES = {"flips": 0.01, "nll_relative": 0.003}
 
 @dataclass(frozen=True)
 class TFBResult:
-    """What `bayesianize` found.
+    """What `bayesianize` found: the size of the noise, every trial of the search, and what the adapter predicts without noise.
 
     Attributes:
         sigma_q: the size of the noise.

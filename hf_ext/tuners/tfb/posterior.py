@@ -23,7 +23,7 @@ SAMPLERS = ("coherent", "flipout", "local")
 
 @dataclass
 class Posterior:
-    """What is open: samples of an adapter.
+    """The samples of an adapter that the model computes with while `posterior` is open.
 
     Attributes:
         n_samples: K. A batch holds all rows for the first sample, then all for the second, and so on.

@@ -17,7 +17,7 @@ from hf_ext.tuners.tfb.posterior import posterior
 
 @dataclass(frozen=True)
 class Predictive:
-    """What K draws say. Shapes: B rows (or any shape of places, such as rows and tokens), C classes. Entropies are in nats.
+    """Predictions of K draws, and what they agree about. Shapes: B rows (or any shape of places, such as rows and tokens), C classes. Entropies are in nats.
 
     Attributes:
         logits: `(K, B, C)`, float32 or wider.
