@@ -48,6 +48,7 @@ PAGES = {
     "hf_ext.metrics.compression": "methods/squat.md",
     "hf_ext.metrics.continual": "methods/adaptive_svd.md",
     "hf_ext.metrics.discrete_editing": "methods/dice.md",
+    "hf_ext.metrics.disaggregation": "RESULTS_BY_GROUP.md",
     "hf_ext.metrics.editing": "EDITING_EVALUATION.md",
     "hf_ext.metrics.rag": "methods/roserag.md",
     "hf_ext.metrics.unlearning": "UNLEARNING_EVALUATION.md",
