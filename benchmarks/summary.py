@@ -69,7 +69,7 @@ def share(ratio: float) -> str:
 
 def cells(method: str, line: Line) -> list[str]:
     return [
-        f"{method}: {line.what}, against {line.against}",
+        f"{method}: {line.what}; peer: {line.against}",
         amount(line.ours, line.unit),
         amount(line.peer, line.unit),
         share(line.ratio),

@@ -58,6 +58,13 @@ def test_the_summary_of_a_tiny_layer():
     assert row.startswith("| BaFT: block of width 64") and row.count("|") == head.count("|") == rule.count("|")
 
 
+def test_the_stored_summary_has_every_script_and_renders_as_it_did():
+    stored = json.loads((RESULTS / "summary.json").read_text())
+    found = {script: [Line(**line) for line in lines] for script, lines in stored["results"].items()}
+    assert list(found) == list(summary.SCRIPTS) and all(found.values())
+    assert stored["table"] == summary.report(found)["table"]
+
+
 @pytest.mark.parametrize(("page", "name"), BLOCKS)
 def test_a_table_of_results_names_its_command(page, name):
     command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
