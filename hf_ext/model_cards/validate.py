@@ -62,7 +62,9 @@ def validate(card: ModelCard | str | Path) -> Report:
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if folder else []
     report.warnings += _file_warnings(files)
     if folder and "README.md" not in files:
-        report.errors.append(Finding("card-missing", f"{folder.name} has no README.md; write one with `build_card`"))
+        report.errors.append(
+            Finding("card-missing", f"{folder.resolve().name} has no README.md; write one with `build_card`")
+        )
         return report
     content = (folder / "README.md").read_text(encoding="utf-8-sig") if folder else str(card)
     report.errors += [
