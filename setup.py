@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels, once per instruction set, and tells wheels by what is in them; everything else is in pyproject.toml.
+"""Compiles the CPU kernels, once per instruction set, and tags wheels by what is in them; everything else is in pyproject.toml.
 
 Without a compiler, or with one that does not take these options, the package installs all the same and runs its operators in PyTorch.
 """

@@ -116,6 +116,7 @@ def test_the_wheel_is_for_every_python_and_holds_the_package(built):
         assert f"hf_ext/kernels/_native_{native.status()}.so" in libraries
 
     assert described["Version"] == hf_ext.__version__
+    assert f"\nversion: {hf_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert described["License-Expression"] == "Apache-2.0"
     assert set(described.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
     # An index has no pages that the links of README.md could lead to.

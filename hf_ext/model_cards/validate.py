@@ -72,7 +72,9 @@ def _of_folder(folder: Path, repo_id: str | None) -> Report:
     report = Report()
     report.errors += _findings(file_errors(folder, files))
     if "README.md" not in files:
-        report.errors.append(Finding("card-missing", f"{folder.name} has no README.md; write one with `build_card`"))
+        report.errors.append(
+            Finding("card-missing", f"{folder.resolve().name} has no README.md; write one with `build_card`")
+        )
         report.warnings += _findings(file_warnings(folder, files, {}, ""))
         return report
     _check(report, (folder / "README.md").read_text(encoding="utf-8-sig"), folder, files, repo_id)

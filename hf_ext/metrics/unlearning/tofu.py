@@ -47,8 +47,8 @@ def load_tofu(
         "real_authors": "real_authors_perturbed",
         "world_facts": "world_facts_perturbed",
     }
-    # The holdout rows are younger than the other files.
     datasets = optional_import("datasets", "unlearning")
+    # The holdout rows are younger than the other files.
     if holdout not in datasets.get_dataset_config_names(str(source)):
         del names["holdout"]
     split = "train" if limit is None else f"train[:{limit}]"
