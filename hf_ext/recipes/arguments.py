@@ -9,11 +9,27 @@ from typing import Any
 import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+from hf_ext.model_cards.base_model import identify
 from hf_ext.pipelines.roserag import RagPrompts
 from hf_ext.recipes.data import check_columns, load
 from hf_ext.recipes.methods import TEXTS
 from hf_ext.recipes.values import checked
 from hf_ext.trainers.task_sequence import ContinualTask
+
+CARD_WORDS = (
+    *(
+        "base_model",
+        "license",
+        "language",
+        "datasets",
+        "evaluated_on",
+        "intended_use",
+        "out_of_scope",
+        "factors",
+        "ethics",
+    ),
+    *("caveats", "developers", "contact", "title"),
+)
 
 
 @dataclass
@@ -54,6 +70,40 @@ class PeftArguments:
             raise ValueError(f"peft: peft_type={named!r}: this method trains {own}; leave it out.")
         cls = types[str(named).upper()]
         return cls(**{"task_type": "CAUSAL_LM", **checked(cls, values, "peft")})
+
+
+@dataclass
+class CardArguments:
+    """What only the author of a model can say of it.
+
+    Parameters:
+        card (`dict`, *optional*): arguments of `hf_ext.build_card`.
+    """
+
+    card: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": f"What the model card says besides what the run knows: {', '.join(CARD_WORDS)}."},
+    )
+
+    def words(self) -> dict[str, Any]:
+        """Arguments for the card.
+
+        Raises:
+            ValueError: a word that no card has, or no text.
+        """
+        given = yaml.safe_load(self.card) if isinstance(self.card, str) else self.card or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"card={given!r} is no mapping of names to texts.")
+        for name, value in given.items():
+            if name not in CARD_WORDS:
+                raise ValueError(f"card: {name!r} is unknown; choose among {', '.join(CARD_WORDS)}.")
+            if not (
+                isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+            ):
+                raise ValueError(f"card: {name}={value!r} is no text.")
+        if "base_model" in given:
+            identify(None, explicit=given["base_model"])
+        return given
 
 
 class Further(ABC):

@@ -13,6 +13,8 @@ PAIRS = (("chosen", "rejected"),)
 _DATA = ("trl:ScriptArguments", "trl:DatasetMixtureConfig")
 _ARGUMENTS = "hf_ext.recipes.arguments"
 _PEFT = f"{_ARGUMENTS}:PeftArguments"
+_SFT = "hf_ext.trainers.cards:SFTTrainer"
+CARD = f"{_ARGUMENTS}:CardArguments"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Trained:
     Attributes:
         trainer: the class.
         config: of its `args`.
-        arguments: dataclasses whose fields a recipe may have besides those of `config` and `trl.ModelConfig`.
+        arguments: dataclasses whose fields a recipe may have besides those of `config`, `trl.ModelConfig` and `CardArguments`.
         columns: what the data may look like.
         peft_type: the adapter that the method trains; None where that is the recipe's choice.
         streams: whether the data may be a stream.
@@ -37,7 +39,7 @@ class Trained:
 
 
 TRAINED = {
-    "roselora": Trained("trl:SFTTrainer", "trl:SFTConfig", peft_type="ROSELORA"),
+    "roselora": Trained(_SFT, "trl:SFTConfig", peft_type="ROSELORA"),
     "overtone": Trained("hf_ext.trainers.overtone:OvertoneTrainer", "hf_ext.trainers.overtone:OvertoneConfig"),
     "flat": Trained(
         "hf_ext.trainers.flat:UnlearnTrainer",
@@ -57,7 +59,7 @@ TRAINED = {
         (*_DATA, _PEFT, f"{_ARGUMENTS}:PromptArguments"),
         PAIRS,
     ),
-    "neat": Trained("trl:SFTTrainer", "trl:SFTConfig", peft_type="NEAT"),
+    "neat": Trained(_SFT, "trl:SFTConfig", peft_type="NEAT"),
     "baft": Trained(
         "hf_ext.trainers.baft:BaftTrainer",
         "hf_ext.trainers.baft:BaftTrainerConfig",

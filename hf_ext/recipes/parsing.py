@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from hf_ext.recipes.methods import Trained
+from hf_ext.recipes.methods import CARD, Trained
 from hf_ext.recipes.values import fitting, hints, unknown
 
 _NESTED = "--peft."
@@ -40,13 +40,13 @@ def parse(slug: str, method: Trained, arguments: Sequence[str]) -> tuple[dict[ty
         arguments: of the command, after the name of the method.
 
     Returns:
-        Instances of the method's dataclasses and of `trl.ModelConfig`, and the names of the fields that were given.
+        Instances of the method's dataclasses, of `trl.ModelConfig` and of `CardArguments`, and the names of the fields that were given.
 
     Raises:
         ValueError: a key that nobody reads, or a value that does not fit.
         OSError: the recipe cannot be read.
     """
-    types = [resolve(name) for name in (method.config, "trl:ModelConfig", *method.arguments)]
+    types = [resolve(name) for name in (method.config, "trl:ModelConfig", CARD, *method.arguments)]
     parser = _Parser(types, prog=f"hf-ext train {slug}", allow_abbrev=False)
     outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     outer.add_argument("--config")

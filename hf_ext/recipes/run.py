@@ -7,13 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from hf_ext.demo.model import EMBEDDED_MODEL_ID, embedded_model
-from hf_ext.model_cards import build_card
-from hf_ext.recipes.arguments import Further, PeftArguments
+from hf_ext.recipes.arguments import CardArguments, Further, PeftArguments
 from hf_ext.recipes.data import train_and_eval
 from hf_ext.recipes.methods import Trained, find
 from hf_ext.recipes.parsing import parse, resolve
@@ -35,6 +33,8 @@ def train(slug: str, arguments: Sequence[str]) -> int:
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     options = _options(method, parsed, given, resume)
     embedded = model.model_name_or_path == EMBEDDED
+    origin = {"base_model": EMBEDDED_MODEL_ID, "license": "gemma"} if embedded else {}
+    words = {**origin, **parsed[CardArguments].words()}
     with args.main_process_first():
         source = str(embedded_model()) if embedded else model.model_name_or_path
         _check_model(source, model, args)
@@ -44,10 +44,10 @@ def train(slug: str, arguments: Sequence[str]) -> int:
     if trainer.eval_dataset is not None and args.eval_strategy == "no":
         trainer.evaluate()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**words)
     else:
         trainer.save_model()
-    _write_card(trainer, embedded)
+        trainer.create_model_card(**words)
     _end(trainer)
     return 0
 
@@ -122,23 +122,6 @@ def _data(method: Trained, parsed: dict[type, Any], given: set[str]) -> dict[str
     forms = (*method.columns, (args.dataset_text_field,)) if isinstance(args, SFTConfig) else method.columns
     evaluates = args.do_eval or "dataset_test_split" in given or mixture.test_split_size is not None
     return train_and_eval(script, mixture, evaluates, forms)
-
-
-def _write_card(trainer: Any, embedded: bool) -> None:
-    """Put our card in the place of TRL's, in the folder and on the Hub."""
-    if not trainer.is_world_process_zero():
-        return
-    origin: dict[str, Any] = {"base_model": EMBEDDED_MODEL_ID, "license": "gemma"} if embedded else {}
-    path = Path(trainer.args.output_dir) / "README.md"
-    build_card(trainer, repo_id=trainer.hub_model_id, **origin).save(path)
-    if trainer.args.push_to_hub:
-        HfApi(token=trainer.args.hub_token).upload_file(
-            path_or_fileobj=path,
-            path_in_repo=path.name,
-            repo_id=trainer.hub_model_id,
-            revision=trainer.args.hub_revision,
-            commit_message="Model card",
-        )
 
 
 def _end(trainer: Any) -> None:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import trl
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -61,3 +62,7 @@ class CardMixin(Trainer):
     def _is_sharded(self) -> bool:
         """Whether this process has only parts of the parameters, so that nothing true can be said of their number."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+
+class SFTTrainer(CardMixin, trl.SFTTrainer):
+    """TRL's, with our card."""

@@ -54,6 +54,9 @@ def test_unknown_methods_get_a_suggestion(capsys):
         ("overtone", {"dataset_name": "nowhere/facts.jsonl"}, ["'nowhere/facts.jsonl'", "no such file"]),
         ("overtone", {"dataset_train_split": "learn"}, ["no split 'learn'", "train, test"]),
         ("overtone", {"ignore_bias_buffers": True}, ["ignore_bias_buffers=True has no effect"]),
+        ("overtone", {"card": {"licence": "mit"}}, ["card: 'licence' is unknown", "license"]),
+        ("overtone", {"card": {"ethics": 3}}, ["card: ethics=3 is no text"]),
+        ("overtone", {"card": {"base_model": "/a/b/c"}}, ["base_model='/a/b/c' is not a Hub id"]),
         ("overtone", {"peft": [1]}, ["peft=[1] has the type list"]),
         ("overtone", {"peft": {"r": 4}}, ["peft_type is missing"]),
         ("overtone", {"peft": {"peft_type": "LOLA"}}, ["peft_type='LOLA' is unknown", "ROSELORA"]),
@@ -128,7 +131,7 @@ def test_bad_data(capsys, tmp_path):
 def test_the_command_line_wins():
     arguments = ["--config", str(RECIPES / "overtone.yaml"), "--max_steps", "3", "--peft.r=4", "--no_require_top1"]
     parsed, given = parse("overtone", TRAINED["overtone"], arguments)
-    args, _, script, _, peft = parsed.values()
+    args, _, _, script, _, peft = parsed.values()
     assert args.max_steps == 3 and args.require_top1 is False and peft.peft["r"] == 4
     # What it does not say is the recipe's.
     assert args.learning_rate == 1e-3 and peft.peft["sparsity"] == 0.9 and script.dataset_test_split == "test"

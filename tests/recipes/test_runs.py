@@ -12,6 +12,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from hf_ext.cli import main
+from hf_ext.model_cards.markers import is_ours
 from hf_ext.recipes.methods import NOT_TRAINED, TRAINED
 from hf_ext.registry import METHODS
 from tests.hub.fixtures import hub  # noqa: F401
@@ -76,6 +77,7 @@ def test_what_a_run_leaves(trained, slug):
     folder = trained / slug
     card = ModelCard.load(folder / "README.md")
     assert slug in card.data.tags and card.data.base_model == "google/gemma-3-270m" and card.data.license == "gemma"
+    assert is_ours(card.text) and ("A sample of training from a recipe." in card.text) == (slug == "overtone")
     adapters = {"overtone": "ROSELORA", "roserag": "LORA"}
     kind = TRAINED[slug].peft_type or adapters.get(slug)
     assert (folder / "adapter_config.json").is_file() == (kind is not None)
