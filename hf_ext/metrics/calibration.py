@@ -66,7 +66,9 @@ def reliability(
     confidence, correct = confidence.double(), correct.double()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)[1:-1]
     if adaptive:
-        edges = confidence.sort().values[(edges * len(confidence)).ceil().long() - 1]
+        # k N / K rounded up, in whole numbers: 2 / 3 * 9 is more than 6.
+        upto = (torch.arange(1, n_bins, device=confidence.device) * len(confidence) + n_bins - 1) // n_bins
+        edges = confidence.sort().values[upto - 1]
     bins = torch.bucketize(confidence, edges)
     rows, sums, hits = (
         edges.new_zeros(n_bins).index_add(0, bins, value)

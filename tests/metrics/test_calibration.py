@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -51,6 +51,7 @@ def test_true_probabilities_are_calibrated_and_sharpened_ones_are_not(adaptive):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 20), st.booleans())
+@example(seed=131072, rows=9, n_bins=3, adaptive=True)
 def test_the_calibration_error_by_hand(seed, rows, n_bins, adaptive):
     probs, labels = drawn(seed, rows)
     probs = (probs * 8).round() / 8  # with ties
