@@ -73,6 +73,17 @@ def remember_forward(model: Any, before: Callable | None) -> None:
     vars(base_of(model))[_BEFORE] = before
 
 
+@contextlib.contextmanager
+def patching(trainer: Any, model: Any, ref_model: Any = None) -> Iterator[None]:
+    """Around the constructor of TRL's trainer, which patches the forward of these models: `restore_forward` before, `remember_forward` after."""
+    before = restore_forward(model)
+    ref_before = None if ref_model is None else restore_forward(ref_model)
+    yield
+    remember_forward(trainer.model, before)
+    if ref_model is not None:
+        remember_forward(ref_model, ref_before)
+
+
 def drop_copied_patches(model: Any) -> None:
     """Let a deep copy of a patched model run its own weights: a patch goes on calling the forward of the original.
 

@@ -1,19 +1,34 @@
-"""What identifies a training run: the folder it writes to, and the data it reads."""
+"""What a training run starts with: its arguments, the folder it writes to, and the data it reads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import TypeVar
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def default_folder(model: str | PreTrainedModel | PeftModel, method: str) -> str:
-    """`output_dir` of a trainer that was given no arguments, as TRL's: `<model>-<method>`."""
-    name = model if isinstance(model, str) else str(model.config.name_or_path)
-    return f"{name.split('/')[-1] or type(model).__name__}-{method}"
+def arguments_of(
+    args: object, kind: type[Arguments], model: str | PreTrainedModel | PeftModel, trainer: type, method: str
+) -> Arguments:
+    """`args`, or for `None` the defaults of their `kind` with TRL's `output_dir`, `<model>-<method>`.
+
+    Raises:
+        TypeError: they are of another kind.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config.name_or_path)
+        return kind(f"{name.split('/')[-1] or type(model).__name__}-{method}")
+    if not isinstance(args, kind):
+        raise TypeError(
+            f"args is a {type(args).__name__}: {trainer.__name__} takes {kind.__name__}, which has the same fields."
+        )
+    return args
 
 
 def dataset_digest(data: Dataset) -> str:

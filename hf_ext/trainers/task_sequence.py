@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_ext._modes import evaluating
 from hf_ext.metrics.continual import ContinualReport, TaskMatrix
 from hf_ext.trainers.cards import CardMixin
-from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.output_layer import AnswersOnly, base_of, patching, score_answers
 from hf_ext.trainers.runs import dataset_digest
 from hf_ext.trainers.shared_prefix import can_share_prefix, score_groups
 
@@ -142,9 +142,8 @@ class TaskSequenceTrainer(CardMixin, SFTTrainer):
             _check(args)
         self.tasks = read_tasks(tasks)
         self.task_number = 0
-        before = restore_forward(model)
-        super().__init__(model=model, args=args, train_dataset=self.tasks[0].train, **kwargs)
-        remember_forward(self.model, before)
+        with patching(self, model):
+            super().__init__(model=model, args=args, train_dataset=self.tasks[0].train, **kwargs)
         self._prepared = {0: self.train_dataset}
         self._scored: dict[int, tuple[Dataset, torch.Tensor | None]] = {}
         self._rows: list[tuple[float | None, ...]] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -18,11 +18,13 @@ def adapter_for_each_row(
     """Call the layers of these types, and modules that are trained whole, with `adapter_names`: an adapter, or "__base__", for each row. None: nothing is done.
 
     Raises:
-        ValueError: a name that the model does not have, or the model is in training mode.
+        ValueError: no name, one that the model does not have, or the model is in training mode.
     """
     if names is None:
         yield
         return
+    if not names:
+        raise ValueError("adapter_names=[]: give one for each row, or None.")
     if tuner.training:
         raise ValueError("adapter_names: they are for inference; call model.eval() first.")
     if unknown := sorted(set(names) - set(tuner.peft_config) - {"__base__"}):
@@ -47,3 +49,16 @@ def adapter_for_each_row(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def owners_of(rows: int, names: list[str], layer: BaseTunerLayer) -> list[str]:
+    """The adapter of each row of a batch in this layer; beams and samples of an input stand side by side.
+
+    Raises:
+        ValueError: the rows are no multiple of the names, or adapters are merged.
+    """
+    if layer.merged:
+        raise ValueError("adapter_names: adapters are merged; call unmerge_adapter() first.")
+    if rows % len(names):
+        raise ValueError(f"adapter_names: {len(names)} names for {rows} rows; give one for each.")
+    return [name for name in names for _ in range(rows // len(names))]

@@ -119,6 +119,8 @@ def test_an_adapter_for_each_row(tuner, family):
     torch.testing.assert_close(model.eval()(input_ids=ids).logits[2], found[2], **CLOSE)
     with pytest.raises(ValueError, match="absent"):
         model(input_ids=ids, adapter_names=["absent"] * 3)
+    with pytest.raises(ValueError, match=r"same as the number of inputs|adapter_names=\[\]: give one for each row"):
+        model(input_ids=ids, adapter_names=[])
     with pytest.raises(ValueError, match=r"same as the number of inputs|2 names for 3 rows"):
         model(input_ids=ids, adapter_names=["default"] * 2)
     with pytest.raises(ValueError, match="adapter_names"):

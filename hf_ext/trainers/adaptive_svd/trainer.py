@@ -32,7 +32,7 @@ from hf_ext.trainers.adaptive_svd.optimizer import SubspaceAdamW
 from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, protect, singular_basis
 from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import Layer, find_targets, observe
-from hf_ext.trainers.runs import default_folder
+from hf_ext.trainers.runs import arguments_of
 from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
 
 SUBSPACE_FILE = "subspace.safetensors"
@@ -84,12 +84,7 @@ class AdaptiveSVDTrainer(TaskSequenceTrainer):
         tasks: Iterable[ContinualTask] | Mapping[str, Any] = (),
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = AdaptiveSVDConfig(default_folder(model, ADAPTIVE_SVD.slug))
-        if not isinstance(args, AdaptiveSVDConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}; AdaptiveSVDTrainer takes AdaptiveSVDConfig, a subclass."
-            )
+        args = arguments_of(args, AdaptiveSVDConfig, model, type(self), ADAPTIVE_SVD.slug)
         for name in ("peft_config", "quantization_config", "optimizer_cls_and_kwargs"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} does not go with subspaces of plain weights: leave it out.")

@@ -22,8 +22,8 @@ from hf_ext.registry import BAFT
 from hf_ext.trainers.baft.checks import active_adapter, check_datasets, check_run, check_settings, row_without_prompt
 from hf_ext.trainers.baft.config import BaftSettings, BaftTrainerConfig
 from hf_ext.trainers.cards import CardMixin
-from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
-from hf_ext.trainers.runs import default_folder
+from hf_ext.trainers.output_layer import AnswersOnly, base_of, patching
+from hf_ext.trainers.runs import arguments_of
 from hf_ext.tuners.baft import BaftConfig, BaftLayer
 from hf_ext.tuners.baft.calls import Recorded
 from hf_ext.tuners.baft.ledger import Edit, begin, edits, finish, has_room, layers_of, recorded_weights
@@ -283,10 +283,7 @@ class BaftTrainer(CardMixin, BaftMixin, SFTTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = BaftTrainerConfig(default_folder(model, BAFT.name))
-        if not isinstance(args, BaftTrainerConfig):
-            raise TypeError(f"args is a {type(args).__name__}; BaftTrainer takes a BaftTrainerConfig.")
+        args = arguments_of(args, BaftTrainerConfig, model, type(self), BAFT.name)
         check_datasets(train_dataset, locality_dataset)
         if isinstance(model, PreTrainedModel) and layers_of(model):
             raise ValueError(
@@ -294,19 +291,18 @@ class BaftTrainer(CardMixin, BaftMixin, SFTTrainer):
             )
         if peft_config is None and not isinstance(model, PeftModel):
             peft_config = BaftConfig(task_type="CAUSAL_LM")
-        before = restore_forward(model)
         exact = copy.deepcopy(_tensors(model)) if isinstance(model, PeftModel) else None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
-        remember_forward(self.model, before)
+        with patching(self, model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         _undo_rounding(self.model, exact)
         self.baft_setup(args.baft_settings(), locality_dataset)
 

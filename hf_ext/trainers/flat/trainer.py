@@ -24,9 +24,9 @@ from hf_ext.trainers.flat.plans import plan_retain_rows, plan_rows
 from hf_ext.trainers.flat.reading import check_adapter_leaves_the_base, freeze_above, head_of
 from hf_ext.trainers.flat.references import ReferenceTrainer
 from hf_ext.trainers.flat.vision import ForgetHalf, check_options, with_templates
-from hf_ext.trainers.output_layer import base_of, remember_forward, restore_forward, score_answers
+from hf_ext.trainers.output_layer import base_of, patching, score_answers
 from hf_ext.trainers.references import NoReference
-from hf_ext.trainers.runs import default_folder
+from hf_ext.trainers.runs import arguments_of
 from hf_ext.tuners.merging import merged_copy
 
 
@@ -110,13 +110,7 @@ class UnlearnTrainer(ReferenceTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         data_collator: Any = None,
     ) -> None:
-        if args is None:
-            args = self._config_class(default_folder(model, self._name))
-        if not isinstance(args, self._config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}; {type(self).__name__} takes {self._config_class.__name__}, which "
-                "has the same fields."
-            )
+        args = arguments_of(args, self._config_class, model, type(self), self._name)
         self.method = args.method
         # The model card cites the paper of the loss.
         self._name, self._paper = self.method.name, self.method.paper._asdict()
@@ -145,24 +139,20 @@ class UnlearnTrainer(ReferenceTrainer):
             self._groups += ("retain",)
 
         self._references_are_due = False
-        before = restore_forward(model)
-        ref_before = None if ref_model is None else restore_forward(ref_model)
-        super().__init__(
-            model=model,
-            ref_model=self._reference_for(model, ref_model),
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        remember_forward(self.model, before)
-        if ref_model is not None:
-            remember_forward(ref_model, ref_before)
+        with patching(self, model, ref_model):
+            super().__init__(
+                model=model,
+                ref_model=self._reference_for(model, ref_model),
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         if isinstance(self.ref_model, NoReference):
             self.ref_model = None
         if self.ref_model is not None:

@@ -20,7 +20,7 @@ from hf_ext.trainers.overtone.config import OvertoneConfig
 from hf_ext.trainers.overtone.head import add_overtone_head
 from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, TokenLosses
 from hf_ext.trainers.overtone.statistics import OvertoneStatistics
-from hf_ext.trainers.runs import default_folder
+from hf_ext.trainers.runs import arguments_of
 
 if TYPE_CHECKING:
     from accelerate import ParallelismConfig
@@ -134,12 +134,7 @@ class OvertoneTrainer(CardMixin, OvertoneMixin, SFTTrainer):
         compute_loss_func: None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = OvertoneConfig(default_folder(model, OVERTONE.name))
-        if not isinstance(args, OvertoneConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}; OvertoneTrainer needs an OvertoneConfig, which takes the same fields."
-            )
+        args = arguments_of(args, OvertoneConfig, model, type(self), OVERTONE.name)
         if compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func: OVERTONE replaces the loss; leave it out, or use SFTTrainer for a loss of your own."

@@ -18,13 +18,13 @@ from trl import DPOTrainer
 from hf_ext.pipelines.roserag.prompts import RagPrompts
 from hf_ext.registry import ROSERAG
 from hf_ext.trainers.cards import CardMixin
-from hf_ext.trainers.output_layer import AnswersOnly, base_of, remember_forward, restore_forward
+from hf_ext.trainers.output_layer import AnswersOnly, base_of, patching
 from hf_ext.trainers.references import NoReference, complete_reference_adapter
 from hf_ext.trainers.roserag.config import RoseRAGConfig
 from hf_ext.trainers.roserag.data import GAMMA, WithGamma, check_margins, check_prompts
 from hf_ext.trainers.roserag.loss import Responses, log_odds, negative_log_likelihood
 from hf_ext.trainers.roserag.report import BuildReport
-from hf_ext.trainers.runs import default_folder
+from hf_ext.trainers.runs import arguments_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,7 @@ class RoseRAGTrainer(CardMixin, DPOTrainer):
         data_collator: Any = None,
         prompts: RagPrompts | None = None,
     ) -> None:
-        if args is None:
-            args = RoseRAGConfig(default_folder(model, self._name))
-        if not isinstance(args, RoseRAGConfig):
-            raise TypeError(f"args is a {type(args).__name__}; {type(self).__name__} takes RoseRAGConfig.")
+        args = arguments_of(args, RoseRAGConfig, model, type(self), self._name)
         if ref_model is not None and not args.needs_reference:
             raise ValueError(f"ref_model: loss_type={args.loss_type!r} has no reference; leave it out.")
         if args.precompute_ref_log_probs and not args.needs_reference:
@@ -103,24 +100,20 @@ class RoseRAGTrainer(CardMixin, DPOTrainer):
         described = isinstance(train_dataset, (Dataset, IterableDataset))
         self._built = BuildReport.from_description(train_dataset.info.description) if described else None
         self._falling: list[float] = []
-        before = restore_forward(model)
-        ref_before = None if ref_model is None else restore_forward(ref_model)
-        super().__init__(
-            model=model,
-            ref_model=ref_model if args.needs_reference else NoReference(),  # type: ignore[arg-type]
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        remember_forward(self.model, before)
-        if ref_model is not None:
-            remember_forward(ref_model, ref_before)
+        with patching(self, model, ref_model):
+            super().__init__(
+                model=model,
+                ref_model=ref_model if args.needs_reference else NoReference(),  # type: ignore[arg-type]
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         if isinstance(self.ref_model, NoReference):
             self.ref_model = None
         self._complete_reference()

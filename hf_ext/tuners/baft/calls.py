@@ -197,18 +197,6 @@ class Calls:
             if before is not None:
                 before.extend(found)
 
-    def rows_of(self, name: str, rows: int, device: torch.device) -> Tensor:
-        """Which of a batch's rows want the adapter `name`, `(rows,)`; beams and samples of a row stand side by side.
-
-        Raises:
-            ValueError: the rows are no multiple of the names.
-        """
-        assert self.names is not None
-        if not self.names or rows % len(self.names):
-            raise ValueError(f"adapter_names: {len(self.names)} names for {rows} rows; give one for each row.")
-        wanted = torch.tensor([each == name for each in self.names], device=device)
-        return wanted.repeat_interleave(rows // len(self.names))
-
     # -- what a call says ----------------------------------------------------------------------------------------------
 
     def _read(self, model: nn.Module, inputs: dict[str, Any], past: int) -> Call | None:

@@ -13,6 +13,7 @@ from hf_ext.tuners.baft.calls import Call, Calls, Recorded
 from hf_ext.tuners.baft.config import BaftConfig
 from hf_ext.tuners.baft.positions import Positions, parse_positions
 from hf_ext.tuners.baft.reference import intervene, orthonormal_basis
+from hf_ext.tuners.rows import owners_of
 
 FREE, KEPT, CLOSED = 0, 1, 2  # of a basis vector: trained; of an earlier edit, and fixed; taken back
 UNMERGEABLE = "BaFT cannot be merged into the weights: how far it moves a hidden state depends on the state. Keep the adapter, or remove it with unload()."
@@ -160,7 +161,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     def _edited(self, name: str, hidden_BTD: Tensor, call: Call) -> Tensor:
         positions, rows_B = self.positions[name], None
         if self.calls.names is not None:
-            rows_B = self.calls.rows_of(name, len(hidden_BTD), hidden_BTD.device)
+            owners = owners_of(len(hidden_BTD), self.calls.names, self)
+            rows_B = torch.tensor([owner == name for owner in owners], device=hidden_BTD.device)
         if torch.compiler.is_compiling():  # which tokens are edited, and so their number, is not known while tracing
             mask_BT = call.mask(positions).to(hidden_BTD.device)
             mask_BT = mask_BT if rows_B is None else mask_BT & rows_B[:, None]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from hf_ext._compat import saved_buffers
 from hf_ext.tuners.lorvp.config import LorVpConfig
 from hf_ext.tuners.lorvp.layer import LorVpLayer
+from hf_ext.tuners.rows import owners_of
 
 
 class LorVpHead(nn.Module, LorVpLayer):
@@ -97,7 +98,7 @@ class LorVpHead(nn.Module, LorVpLayer):
         if self.disable_adapters:
             return scores
         if names is not None:
-            return self._mapped_by_row(scores, self._owners(names, len(scores)))
+            return self._mapped_by_row(scores, owners_of(len(scores), names, self))
         mapping = self.merged_adapters or self.present(self.active_adapters)
         self.check_one(mapping)
         return self.mapped(scores, mapping[0]) if mapping else scores

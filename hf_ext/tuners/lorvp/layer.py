@@ -20,6 +20,7 @@ from hf_ext._compat import layer_features
 from hf_ext.tuners.kept import Kept, keep
 from hf_ext.tuners.lorvp import reference
 from hf_ext.tuners.lorvp.config import LorVpConfig
+from hf_ext.tuners.rows import owners_of
 
 _TEST_STD = 0.5  # of all parameters that `init_weights=False` draws
 
@@ -47,14 +48,6 @@ class LorVpLayer(BaseTunerLayer):
     def _added(self, adapter_name: str, config: LorVpConfig) -> None:
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _owners(self, names: list[str], rows: int) -> list[str]:
-        """An adapter for each row of a batch; several rows may belong to one input."""
-        if self.merged:
-            raise ValueError("adapter_names: adapters are merged; call unmerge_adapter() first.")
-        if rows % len(names):
-            raise ValueError(f"adapter_names: {len(names)} names for {rows} rows; give one for each.")
-        return [name for name in names for _ in range(rows // len(names))]
 
 
 @dataclass(frozen=True)
@@ -230,7 +223,7 @@ class LorVpConvolution(nn.Module, LorVpLayer):
             for adapter in self.merged_adapters or self.present(self.active_adapters):
                 result = result + self.constant_map(adapter, self._size(x, adapter)).to(result.dtype)
             return result
-        owners = self._owners(names, len(result))
+        owners = owners_of(len(result), names, self)
         maps = {name: self.constant_map(name, self._size(x, name)).to(result.dtype) for name in self.present(owners)}
         maps["__base__"] = torch.zeros_like(result[:1])
         order = list(maps)

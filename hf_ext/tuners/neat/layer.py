@@ -26,6 +26,7 @@ from hf_ext.tuners.kept import Kept, keep
 from hf_ext.tuners.neat.config import NeatConfig
 from hf_ext.tuners.neat.product import product
 from hf_ext.tuners.neat.reference import gain_of, hidden_features
+from hf_ext.tuners.rows import owners_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -279,12 +280,7 @@ class NeatLayer(nn.Module, PeanutLayer):
         return result
 
     def _plus_updates_by_row(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
-        if self.merged:
-            raise ValueError("adapter_names: adapters are merged; call unmerge_adapter() first.")
-        if len(x) % len(names):
-            raise ValueError(f"adapter_names: {len(names)} names for {len(x)} rows; give one for each.")
-        # Beams of a row stand side by side.
-        owners, result = [name for name in names for _ in range(len(x) // len(names))], result.clone()
+        owners, result = owners_of(len(x), names, self), result.clone()
         for adapter in self._present(sorted(set(names))):
             rows = [row for row, owner in enumerate(owners) if owner == adapter]
             result[rows] = self._plus_update(adapter, x[rows], result[rows])

@@ -37,7 +37,7 @@ def test_models_and_data_that_cannot_be_taught(tmp_path):
         BaftTrainer(get_peft_model(make_tiny_llama(), LoraConfig(task_type="CAUSAL_LM")), args, **shared)
     with pytest.raises(TypeError, match="IterableDataset"):
         BaftTrainer(adapted(), args, train_dataset=facts().to_iterable_dataset(), processing_class=make_tokenizer())
-    with pytest.raises(TypeError, match="takes a BaftTrainerConfig"):
+    with pytest.raises(TypeError, match="takes BaftTrainerConfig"):
         BaftTrainer(adapted(), OvertoneConfig(str(tmp_path), **CPU_RUN), **shared)
     with pytest.raises(ValueError, match="gate 'none'"):
         trainer(tmp_path, adapted(gate="none"), locality=unrelated())

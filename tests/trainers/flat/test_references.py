@@ -225,9 +225,9 @@ def test_unused_references_and_retain_data_are_refused(tmp_path):
         check_adapter_leaves_the_base(LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()))
     for init in (True, False, "gaussian", "orthogonal"):
         check_adapter_leaves_the_base(lora(init_lora_weights=init))
-    with pytest.raises(TypeError, match="args is a DPOConfig; UnlearnTrainer takes UnlearnConfig, which has the same"):
+    with pytest.raises(TypeError, match="args is a DPOConfig: UnlearnTrainer takes UnlearnConfig, which has the same"):
         UnlearnTrainer(make_tiny_llama(), DPOConfig(str(tmp_path), use_cpu=True, bf16=False), make_forget())
-    with pytest.raises(TypeError, match="args is a UnlearnConfig; FlatTrainer takes FlatConfig, which has the same"):
+    with pytest.raises(TypeError, match="args is a UnlearnConfig: FlatTrainer takes FlatConfig, which has the same"):
         FlatTrainer(make_tiny_llama(), make_args(tmp_path), make_forget())
 
 

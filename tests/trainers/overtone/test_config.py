@@ -89,7 +89,7 @@ def test_trainer_rejects_what_it_would_ignore(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func: OVERTONE replaces the loss"):
         make_trainer(tmp_path, compute_loss_func=lambda *_, **__: None)
     plain = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(TypeError, match="args is a SFTConfig; OvertoneTrainer needs an OvertoneConfig"):
+    with pytest.raises(TypeError, match="args is a SFTConfig: OvertoneTrainer takes OvertoneConfig"):
         type(make_trainer(tmp_path))(make_trainer(tmp_path).model, plain, train_dataset=Dataset.from_list([{}]))
 
 
