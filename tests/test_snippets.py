@@ -22,7 +22,9 @@ def test_snippet_runs(page, code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs/methods").glob("*.md"))], ids=lambda p: p.name
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs/methods").glob("*.md")), *sorted((ROOT / "docs/guides").glob("*.md"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_first_snippet_is_short(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
