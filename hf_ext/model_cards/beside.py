@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from hf_ext.model_cards.card import build_card
 from hf_ext.model_cards.facts import Artefact
-from hf_ext.model_cards.markers import merge
+from hf_ext.model_cards.markers import load_card, merge
 
 
 def write_card(
@@ -40,7 +40,7 @@ def write_card(
     card.data["tags"] = list(dict.fromkeys([*card.data.get("tags"), *added]))
     readme = folder / "README.md"
     if before is None and readme.is_file():
-        before = readme.read_text(encoding="utf-8")
+        before = str(load_card(readme))
     replace_text(readme, str(united(card, before) if before else card))
 
 

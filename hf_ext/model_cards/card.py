@@ -16,7 +16,7 @@ from hf_ext.model_cards.collect import collect
 from hf_ext.model_cards.cost import Cost, EmissionsData, read_cost
 from hf_ext.model_cards.facts import Artefact, Facts
 from hf_ext.model_cards.loading import own_peft_method, snippet, without_us
-from hf_ext.model_cards.markers import BEGIN, END
+from hf_ext.model_cards.markers import BEGIN, END, run_note
 from hf_ext.model_cards.results import DatasetName, MetricsReport, Results, read_results
 from hf_ext.model_cards.running import NOT_RUN
 from hf_ext.model_cards.sections import UNSTATED
@@ -118,7 +118,7 @@ def build_card(
         adapter=facts.adapter,
         merged=facts.merged,
         snippet=snippet(facts, repo_id),
-        snippet_note="\n\n".join([*_other_ways(facts, repo_id), NOT_RUN]),
+        snippet_note="\n\n".join([*_other_ways(facts, repo_id), run_note(NOT_RUN)]),
         datasets=[dataset.words for dataset in named],
         training=facts.training,
         no_training=_NO_TRAINING[facts.kind],

@@ -10,8 +10,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from hf_ext.model_cards.base_model import REPO_ID
-from hf_ext.model_cards.beside import replace_text, united
+from hf_ext.model_cards.beside import replace_text
 from hf_ext.model_cards.card import build_card
+from hf_ext.model_cards.markers import load_card, merge
 from hf_ext.model_cards.validate import Report, validate
 from hf_ext.model_cards.verify import verify
 
@@ -30,16 +31,17 @@ def build(options: argparse.Namespace) -> int:
     if options.metrics is not None:
         words["metrics"] = _metrics(Path(options.metrics))
     card = build_card(folder, repo_id=repo_id, **words)
-    readme = folder / "README.md"
-    if readme.is_file():
-        card = united(card, readme.read_text(encoding="utf-8"))
+    place = Path(options.output or folder)
+    for known in (place, folder):
+        if (known / "README.md").is_file():
+            card = merge(card, load_card(known / "README.md"))
+            break
     report = validate(card, repo_id=repo_id)
     if report.errors:
         return _told(report)
     if repo_id is None or options.output is not None:
-        target = Path(options.output or folder) / "README.md"
-        replace_text(target, str(card))
-        print(target)
+        replace_text(place / "README.md", str(card))
+        print(place / "README.md")
     elif options.push:
         print(_push(card, repo_id))
     else:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 BEGIN = "<!-- hf_ext:begin card -->"
 END = "<!-- hf_ext:end card -->"
+_RUN_BEGIN = "<!-- hf_ext:begin run -->"
+_RUN_END = "<!-- hf_ext:end run -->"
+# Facts of a run, which nobody writes by hand.
+_MEASURED = ("model-index", "model_name", "co2_eq_emissions")
 PLACEHOLDER = "[More Information Needed]"
 # A stock template repeats its placeholder some forty times; a person who left one or two has written the rest.
 _STOCK_TEMPLATE = 10
@@ -18,34 +24,69 @@ def is_ours(text: str) -> bool:
     return BEGIN in text
 
 
-def merge(ours: ModelCard, theirs: ModelCard) -> ModelCard:
+def load_card(file: Path) -> ModelCard:
+    """The card in a file, of whatever origin: a byte order mark and Windows' line ends are no part of it."""
+    text = file.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    return ModelCard(text, ignore_metadata_errors=True)
+
+
+def our_part(text: str) -> str:
+    """What lies between the markers; all of it in a card without them."""
+    if BEGIN not in text or END not in text:
+        return text
+    start, stop = _span(text)
+    return text[start:stop]
+
+
+def run_note(note: str) -> str:
+    """What is said of a run of the code, so that it can be found and replaced."""
+    return f"{_RUN_BEGIN}\n{note}\n{_RUN_END}"
+
+
+def with_run_note(text: str, note: str) -> str:
+    """`text` with `note` in the place of what it said of a run; unchanged if it has no such place."""
+    start, stop = text.find(_RUN_BEGIN), text.find(_RUN_END)
+    if start < 0 or stop < start:
+        return text
+    return text[:start] + run_note(note) + text[stop + len(_RUN_END) :]
+
+
+def merge(ours: ModelCard, theirs: ModelCard, before: Mapping[str, Any] | None = None) -> ModelCard:
     """Our card inside an existing one: their text around our part, and the union of both metadata.
 
-    Where both have a key, lists are united and otherwise ours is taken.
+    Where both have a key, lists are united and otherwise ours is taken. What we wrote the last time and do not say any more is gone.
+
+    Args:
+        before: metadata that we wrote into `theirs`, if that is known. Otherwise the results and emissions in a card of ours count as ours.
 
     Raises:
         ValueError: the markers in the existing card are damaged, so that our part cannot be told from theirs.
     """
-    text = _merge_text(_our_part(ours.text), theirs.text)
+    text = _merge_text(our_part(ours.text), theirs.text)
+    if before is None and is_ours(theirs.text):
+        before = {key: value for key, value in theirs.data.to_dict().items() if key in _MEASURED}
     data = {**ours.data.to_dict()}
-    for key, value in _kept(theirs.data.to_dict()).items():
+    for key, value in _kept(theirs.data.to_dict(), before or {}).items():
         data[key] = _united(data[key], value) if key in data else value
     merged = ModelCard(str(ours))
     merged.data, merged.text = ModelCardData(**data, ignore_metadata_errors=True), text
     return merged
 
 
-def _kept(data: dict[str, Any]) -> dict[str, Any]:
-    """Without what libraries leave and no person wants: a base model that is a path on somebody's machine, and a misspelt `licence`."""
-    kept = {key: value for key, value in data.items() if key != "licence"}
-    if not _are_ids(data.get("base_model")):
-        kept.pop("base_model", None)
-    if isinstance(data.get("tags"), list):
-        kept["tags"] = [
-            tag
-            for tag in data["tags"]
-            if not str(tag).startswith("base_model:") or _are_ids(str(tag).rpartition(":")[2])
-        ]
+def _kept(data: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What people wrote: without what we had written, a base model that is a path on somebody's machine, and a misspelt `licence`."""
+    kept = {}
+    for key, value in data.items():
+        written = before.get(key)
+        if key == "licence" or value == written or (key == "base_model" and not _are_ids(value)):
+            continue
+        if isinstance(value, list) and key != "model-index":
+            value = [item for item in value if not (isinstance(written, list) and item in written)]
+        if key == "tags" and isinstance(value, list):
+            # The base model of a tag is the one of this card, which has its own.
+            value = [tag for tag in value if not str(tag).startswith("base_model:")]
+        if value != []:
+            kept[key] = value
     return kept
 
 
@@ -58,11 +99,6 @@ def _united(ours: Any, theirs: Any) -> Any:
     if not isinstance(ours, list) or not isinstance(theirs, list) or any(isinstance(item, dict) for item in ours):
         return ours
     return ours + [item for item in theirs if item not in ours]
-
-
-def _our_part(text: str) -> str:
-    start, stop = _span(text)
-    return text[start:stop]
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from hf_ext.model_cards.collect import (
 from hf_ext.model_cards.facts import Artefact
 from hf_ext.model_cards.loading import HERE, local_names
 from hf_ext.model_cards.manifest import write_manifest
-from hf_ext.model_cards.markers import BEGIN, END, is_ours
+from hf_ext.model_cards.markers import BEGIN, END, is_ours, our_part, with_run_note
 from hf_ext.model_cards.probe import record, tokenized
 from hf_ext.model_cards.running import NOT_RUN, SnippetError, code_of, run_snippet
 from hf_ext.model_cards.validate import validate
@@ -55,7 +55,8 @@ def finished_card(
     if arguments:
         raise ValueError(f"{', '.join(arguments)}: give these to `build_card`, since a finished card was passed.")
     text = str(card) if repo_id is None else str(card).replace(HERE, f'"{repo_id}"')
-    card = ModelCard(text)
+    # A card that was published before tells of another run.
+    card = ModelCard(with_run_note(text, NOT_RUN))
     if not is_ours(card.text):
         # Written by hand from beginning to end; with markers it can be replaced when the model is published again.
         card.text = f"\n{BEGIN}\n{card.text}\n{END}\n"
@@ -103,11 +104,11 @@ def write_package(
         (folder / ".eval_results" / "results.yaml").write_text(text, encoding="utf-8")
     run = None
     if run_code:
-        code = code_of(card.text)
+        code = code_of(our_part(card.text))
         if code is None:
             raise SnippetError("the card has no Python code that loads the model; add it, or pass run_snippet=False.")
         run = run_snippet(code, folder, local_names(facts.base, card.data.get("base_model"), repo_id))
-        card = ModelCard(str(card).replace(NOT_RUN, run.note))
+        card = ModelCard(with_run_note(str(card), run.note))
     asked = record(written, questions) if probe is not False and isinstance(written, nn.Module) else None
     write_manifest(folder, card, facts, asked, run)
     return card

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -21,9 +21,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_ext.model_cards.facts import Artefact
-from hf_ext.model_cards.markers import merge
+from hf_ext.model_cards.manifest import FILE as MANIFEST
+from hf_ext.model_cards.manifest import read_manifest
+from hf_ext.model_cards.markers import load_card, merge
 from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
 
+_ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})
 _REMEDIES = {
     401: "the token is missing, wrong or expired; run `hf auth login` or set HF_TOKEN",
     403: "the token may not write there; use a write token, and a namespace that it belongs to",
@@ -108,16 +111,22 @@ def publish(
         )
         with _explained(api, repo_id, "preparing the repository", None):
             head = _prepare_repo(api, repo_id, None if create_pr else revision, private)
-            united = _united_with_remote(api, repo_id, head, card)
+            before = _remote_manifest(api, repo_id, head)
+            united = _united_with_remote(api, repo_id, head, card, before)
         refuse_errors(united)
         tell_warnings(united, repo_id)
         united.save(folder / "README.md")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {path.relative_to(folder).as_posix() for path in files}
+        leftovers = _leftovers(api, repo_id, head, before, names)
         # `upload_folder` may split a push into several commits; this is one, and only on top of the card united above.
         with _explained(api, repo_id, "uploading", (revision, head)):
             return api.create_commit(
                 repo_id,
-                [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                [
+                    *(CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files),
+                    *(CommitOperationDelete(name) for name in leftovers),
+                ],
                 commit_message=commit_message or f"Publish with hf_ext: {_heading(card)}",
                 revision=None if create_pr else revision,
                 create_pr=create_pr,
@@ -142,12 +151,33 @@ def _prepare_repo(api: HfApi, repo_id: str, revision: str | None, private: bool 
     return api.model_info(repo_id, revision=revision).sha
 
 
-def _united_with_remote(api: HfApi, repo_id: str, head: str | None, card: ModelCard) -> ModelCard:
+def _united_with_remote(
+    api: HfApi, repo_id: str, head: str | None, card: ModelCard, before: Mapping[str, Any] | None
+) -> ModelCard:
     try:
         existing = api.hf_hub_download(repo_id, "README.md", revision=head)
     except EntryNotFoundError:
         return card
-    return merge(card, ModelCard.load(existing, ignore_metadata_errors=True))
+    return merge(card, load_card(Path(existing)), before and before["card"])
+
+
+def _remote_manifest(api: HfApi, repo_id: str, head: str | None) -> Mapping[str, Any] | None:
+    """What we recorded with the last commit; `None` if there is none, or none that can be read."""
+    try:
+        file = Path(api.hf_hub_download(repo_id, MANIFEST, revision=head))
+        return read_manifest(file.parent)
+    except (EntryNotFoundError, ValueError):
+        return None
+
+
+def _leftovers(
+    api: HfApi, repo_id: str, head: str | None, before: Mapping[str, Any] | None, names: set[str]
+) -> list[str]:
+    """Files in the repository that would be taken for a part of what is published now: those that we published before, and an adapter beside merged weights, which
+    transformers would load on top of them."""
+    remote = set(api.list_repo_files(repo_id, revision=head)) - names
+    ours = set(before["files"]) if before else set()
+    return sorted(name for name in remote if name in ours or ("config.json" in names and name in _ADAPTER))
 
 
 @contextmanager

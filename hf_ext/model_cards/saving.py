@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from hf_ext.model_cards.facts import Artefact
-from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
-from hf_ext.model_cards.markers import is_ours, merge
+from hf_ext.model_cards.manifest import files_of, read_manifest
+from hf_ext.model_cards.markers import is_ours, load_card, merge
 from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
 
 
@@ -48,7 +48,8 @@ def save(
     Raises:
         ValueError: the card breaks a rule, its code fails, or `folder` holds something else and `overwrite` is not set.
     """
-    target = Path(folder).absolute()
+    # A link stays a link: what it points to is replaced.
+    target = Path(folder).resolve()
     partial, previous = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")
     if previous.exists() and not target.exists():
         # A process was killed between the two renames below.
@@ -61,9 +62,8 @@ def save(
             "replace the folder and everything in it."
         )
     card = finished_card(model_or_trainer, card, merged, card_arguments)
-    if ours:
-        card = merge(card, ModelCard.load(target / "README.md", ignore_metadata_errors=True))
-    refuse_errors(card)
+    existing = (load_card(target / "README.md"), read_manifest(target)["card"]) if ours else None
+    refuse_errors(merge(card, *existing) if existing else card)
     for leftover in (partial, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -78,6 +78,8 @@ def save(
             probe=probe,
             benchmarks=benchmarks,
         )
+        if existing:
+            card = merge(card, *existing)
         card.save(partial / "README.md")
     except BaseException:
         shutil.rmtree(partial)
@@ -93,6 +95,9 @@ def save(
 def _is_ours(folder: Path) -> bool:
     """Whether `save` wrote the folder and nobody put other files into it."""
     readme = folder / "README.md"
-    if not readme.is_file() or not is_ours(readme.read_text(encoding="utf-8")) or not (folder / FILE).is_file():
+    if not readme.is_file() or not is_ours(load_card(readme).text):
         return False
-    return set(files_of(folder)) <= set(read_manifest(folder)["files"])
+    try:
+        return set(files_of(folder)) <= set(read_manifest(folder)["files"])
+    except ValueError:
+        return False

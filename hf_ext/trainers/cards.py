@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ext.model_cards.beside import write_card
+from hf_ext.model_cards.markers import load_card
 
 
 class CardMixin(Trainer):
@@ -49,7 +50,7 @@ class CardMixin(Trainer):
         """As `Trainer`'s, with our card beside the model."""
         folder = Path(output_dir or str(self.args.output_dir))
         readme = folder / "README.md"
-        before = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        before = str(load_card(readme)) if readme.is_file() else None
         super().save_model(output_dir, _internal_call)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR) or not self.is_world_process_zero() or self._is_sharded():
             return

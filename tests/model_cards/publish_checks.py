@@ -198,6 +198,21 @@ def test_an_adapter_is_published_merged(hub, base, repo_id):
     assert publish(model, repo_id, merged=True, method="flat", license="mit", run_snippet=False).oid == before
 
 
+def test_an_adapter_gives_way_to_merged_weights(hub, base, repo_id):
+    """Left beside them, it would be applied once more by whoever loads the weights; files of others stay."""
+    adapted = dict(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    first, second = (
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**adapted, r=r)) for r in (2, 4)
+    )
+    publish(first.eval(), repo_id, license="mit", run_snippet=False)
+    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="theirs.txt", repo_id=repo_id)
+    publish(second.eval(), repo_id, license="mit", merged=True, run_snippet=False)
+    files = set(hub.repos["models", repo_id].files())
+    assert "model.safetensors" in files and "theirs.txt" in files and not {f for f in files if "adapter" in f}
+    loaded = AutoModelForCausalLM.from_pretrained(repo_id)
+    torch.testing.assert_close(loaded(TOKENS).logits, second(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

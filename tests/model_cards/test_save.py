@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_ext.model_cards import build_card, check_adapter, package, save, validate
+from hf_ext.model_cards import Cost, build_card, check_adapter, package, save, validate
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import BASE, lora_model, roselora_model
 
@@ -78,6 +79,56 @@ def test_saving_again_replaces_weights_and_keeps_human_text(tmp_path):
     assert "Our note." in text and "thumbnail: x.png" in text and "license: apache-2.0" in text
     assert text.count("hf_ext:begin card") == 1
     assert load_file(target / "adapter_model.safetensors").popitem()[1].shape[1] == 2
+
+
+def test_what_is_not_said_any_more_is_gone(tmp_path):
+    """Results, cost, data and licence of other weights would contradict the text; what people wrote stays."""
+    told = {
+        "license": "mit",
+        "datasets": "user/old",
+        "metrics": {"accuracy": 0.9},
+        "evaluated_on": "user/probe",
+        "cost": Cost(1.0, 400.0, "DEU", "a meter"),
+    }
+    target = save(lora_model(), tmp_path / "adapter", base_model="user/old", **told)
+    readme = target / "README.md"
+    card = ModelCard.load(readme)
+    card.data["thumbnail"], card.data["tags"] = "x.png", [*card.data.tags, "mine"]
+    card.data["datasets"] = ["user/old", "user/theirs"]
+    card.save(readme)
+    save(lora_model(r=2), target, base_model="user/new")
+    data = ModelCard.load(readme).data.to_dict()
+    assert data["base_model"] == "user/new" and "base_model:adapter:user/old" not in data["tags"]
+    assert data["thumbnail"] == "x.png" and "mine" in data["tags"] and data["datasets"] == ["user/theirs"]
+    assert not {"license", "model-index", "model_name", "co2_eq_emissions"} & data.keys()
+    save(lora_model(r=2), target, base_model="user/new")
+    assert ModelCard.load(readme).data.to_dict() == data
+
+
+def test_code_that_people_wrote_is_not_ours(tmp_path):
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    target = save(model, tmp_path / "model")
+    readme = target / "README.md"
+    theirs = "```python\nprint('human')\n```\n"
+    readme.write_text(readme.read_text().replace("<!-- hf_ext:begin card", f"{theirs}\n<!-- hf_ext:begin card"))
+    save(model, target, run_snippet=True)
+    text = readme.read_text()
+    assert theirs in text and "parameters\n```\n<!-- hf_ext:end run -->" in text and "human\n```\n<!--" not in text
+    # A card that tells of a run is not believed for other weights.
+    save(model, tmp_path / "again", ModelCard.load(readme))
+    assert "it was not run before publishing" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_link_and_strange_bytes(tmp_path):
+    target = save(lora_model(), tmp_path / "real", license="mit")
+    (tmp_path / "link").symlink_to(target)
+    readme = target / "README.md"
+    readme.write_bytes(b"\xef\xbb\xbf" + (readme.read_text() + "Ours.\n").replace("\n", "\r\n").encode())
+    for _ in range(2):
+        save(lora_model(), tmp_path / "link", license="mit")
+    assert (tmp_path / "link").is_symlink() and readme.read_text().endswith("Ours.\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 @pytest.mark.parametrize("name", ["notes.md", "README.md", "checkpoint.pt"])
