@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
+# Bytes of weights that are read to tell a local copy of a known model from others; it takes about a second.
+_HASHED = 2**30
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -23,7 +25,7 @@ class BaseModel:
     Attributes:
         id: Hub id, if there is one.
         commit: commit hash of the files that were loaded, if known.
-        digest: sha256 over the safetensors files, for a local checkpoint without a Hub id.
+        digest: sha256 over the safetensors files of a local checkpoint; not of a large one that names its origin.
         license: the licence keys of its model card, if that lies in the local cache or folder.
         vocab_size: from its saved config, if that lies in the local cache or folder.
         folder: where its files lie on this machine, if they do; never told to anybody.
@@ -56,14 +58,16 @@ def identify(name: str | None, revision: str | None = None, explicit: str | None
         raise ValueError(f"base_model={explicit!r} is not a Hub id; give it as 'namespace/name'.")
     folder = Path(name) if name else None
     if folder is None or not folder.is_dir():
-        repo_id = explicit or (name if name and _is_hub_id(name) else None)
-        commit = _cached_commit(repo_id, revision) if repo_id else None
-        found = _cached_folder(repo_id, commit) if repo_id and commit else None
+        named = name if name and _is_hub_id(name) else None
+        repo_id = explicit or named
+        commit = _loaded_commit(repo_id, revision) if repo_id is not None and repo_id == named else None
+        found = _cached_folder(repo_id, commit) if repo_id else None
         return BaseModel(repo_id, commit, None, _license(found), _vocab_size(found), found)
     snapshot = _SNAPSHOT.search(str(folder.absolute()))
     repo_id, commit = (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (_named_in_config(folder), None)
-    repo_id = explicit or repo_id
-    digest = None if repo_id else _digest(folder)
+    if explicit is not None and explicit != repo_id:
+        repo_id, commit = explicit, None
+    digest = None if commit or (repo_id and _size(folder) > _HASHED) else _digest(folder)
     return BaseModel(repo_id, commit, digest, _license(folder), _vocab_size(folder), folder)
 
 
@@ -79,14 +83,21 @@ def _in_cache(repo_id: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _cached_commit(repo_id: str, revision: str | None) -> str | None:
+def _loaded_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit that was loaded; `None` where several lie in the cache and nothing tells which it was."""
     found = _in_cache(repo_id, revision)
-    return found.parent.name if found else None
+    if found is None or (revision is None and len(list(found.parent.parent.iterdir())) > 1):
+        return None
+    return found.parent.name
 
 
-def _cached_folder(repo_id: str, commit: str) -> Path | None:
+def _cached_folder(repo_id: str, commit: str | None) -> Path | None:
     found = _in_cache(repo_id, commit)
     return found.parent if found else None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _config(folder: Path | None) -> dict:

@@ -273,6 +273,8 @@ def _title(facts: Facts) -> str:
         return facts.architecture + (f" with {facts.base.id}" if facts.base.id else "")
     if facts.kind == "cache":
         return f"{names} cache for {facts.base.id or 'a local checkpoint'}"
+    if not names and facts.training is None:
+        return facts.base.id or facts.architecture
     return f"{_base_name(facts)}, fine-tuned" + (f" with {names}" if names else "")
 
 
@@ -285,8 +287,11 @@ def _summary(facts: Facts) -> str:
     if facts.kind == "cache":
         return f"A prompt that {_base_name(facts)} has read, as a key-value cache: `{facts.architecture}`{made}."
     if facts.adapter is None:
-        return f"A fine-tuned `{facts.architecture}`{size}{made}."
+        tuned = "A fine-tuned" if facts.methods or facts.training else "A"
+        return f"{tuned} `{facts.architecture}`{size}{made}."
     told = f"A PEFT adapter of type `{facts.adapter.peft_type}` for {_base_name(facts)}{made}."
+    if not facts.adapter.parameters:
+        return told
     told += f" It adds {facts.adapter.parameters:,} parameters"
     if facts.parameters is None:
         return told + "."
@@ -306,7 +311,8 @@ def _details(facts: Facts, license_data: dict[str, Any], developers: str | None)
     rows |= facts.rows
     if facts.adapter:
         rows |= {f"`{name}`": f"`{value}`" for name, value in facts.adapter.settings.items() if value}
-        rows["Parameters of the adapter"] = f"{facts.adapter.parameters:,} ({facts.adapter.size / 1e6:.2f} MB)"
+        if facts.adapter.parameters:
+            rows["Parameters of the adapter"] = f"{facts.adapter.parameters:,} ({facts.adapter.size / 1e6:.2f} MB)"
     adapter = facts.adapter or facts.merged
     if adapter and adapter.density:
         rows["Weights the merged adapter changes"] = adapter.density
@@ -316,7 +322,7 @@ def _details(facts: Facts, license_data: dict[str, Any], developers: str | None)
     if facts.parameters:
         rows["Parameters in all"] = f"{facts.parameters:,}"
     rows["Licence"] = str(license_data.get("license_name") or license_data.get("license") or "not stated")
-    return {name: value.replace("|", "\\|") for name, value in rows.items()}
+    return {name: " ".join(value.replace("|", "\\|").split()) for name, value in rows.items()}
 
 
 def _base_row(facts: Facts) -> str:
@@ -324,7 +330,9 @@ def _base_row(facts: Facts) -> str:
     if base.id is None:
         return "local checkpoint, " + (f"sha256 `{base.digest}`" if base.digest else "not identified")
     told = f"[{base.id}](https://huggingface.co/{base.id})"
-    return f"{told} at commit `{base.commit}`" if base.commit else told
+    if base.commit:
+        return f"{told} at commit `{base.commit}`"
+    return f"{told}, from a local copy with sha256 `{base.digest}`" if base.digest else told
 
 
 def _duration(seconds: float) -> str:

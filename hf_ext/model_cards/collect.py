@@ -54,9 +54,8 @@ def collect(
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     if merged:
         check_mergeable(model)
-    adapter = _adapter(model, config) if config else None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     base = _base(core, config, base_model)
+    adapter = _adapter(model, config, base) if config else None
     return Facts(
         kind="adapter" if adapter and not merged else "model",
         base=base,
@@ -66,7 +65,7 @@ def collect(
         tags=_tags(trainer, core),
         adapter=None if merged else adapter,
         merged=adapter if merged else None,
-        parameters=parameters - adapter.parameters if adapter and merged else parameters,
+        parameters=_parameters(model, core, adapter, merged),
         quantization=_quantization(core),
         training=training_facts(trainer) if trainer else None,
         versions=versions_of("peft", *(("trl", "datasets", "accelerate") if trainer else ())),
@@ -203,9 +202,24 @@ def _tags(trainer: Trainer | None, core: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tags))
 
 
-def _adapter(model: Model, config: PeftConfig) -> AdapterFacts:
+def _parameters(model: Model, core: Any, adapter: AdapterFacts | None, merged: bool) -> int:
+    """Those of the base model and of the adapter in question: not those of others that the model carries, and all of a quantised weight."""
+    whole = core.num_parameters()
+    if adapter is None:
+        return whole
+    inside = not isinstance(model.peft_config[adapter.name], PromptLearningConfig)
+    for other in set(model.peft_config) - {adapter.name} if inside else ():
+        state = get_peft_model_state_dict(model, adapter_name=other, save_embedding_layers=False)
+        whole -= sum(tensor.numel() for tensor in state.values())
+    if merged:
+        return whole - adapter.parameters
+    return whole if inside else whole + adapter.parameters
+
+
+def _adapter(model: Model, config: PeftConfig, base: BaseModel) -> AdapterFacts:
     name, peft_type = str(adapter_name(model)), PeftType(config.peft_type).value
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    embeddings = saves_embeddings(model, config, base)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
     return AdapterFacts(
         name=name,
         peft_type=peft_type,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import transformers
 from torch import nn
 from transformers import Cache, Trainer
+from transformers.models.auto import modeling_auto as auto
 
 from hf_ext.model_cards.base_model import BaseModel
 from hf_ext.model_cards.training import TrainingFacts
@@ -16,24 +19,25 @@ from hf_ext.registry import Method
 # What a card can be made of: a model, its trainer, a cache, a pipeline of diffusers (whose class may not be installed), or a folder.
 Artefact: TypeAlias = nn.Module | Trainer | Cache | str | os.PathLike[str] | Any
 
-_PIPELINE_TAGS = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-    "IMAGE_CLS": "image-classification",
-}
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForImageClassification": "IMAGE_CLS",  # not one of PEFT's
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+# Auto class, the names it loads, PEFT's task type and the Hub's task; a class that is in several belongs to the first.
+_AUTO_CLASSES: tuple[tuple[str, Mapping[str, Any], str | None, str | None], ...] = (
+    ("ImageTextToText", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, None, "image-text-to-text"),
+    ("CausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "CAUSAL_LM", "text-generation"),
+    ("Seq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM", None),
+    ("SpeechSeq2Seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, None, "automatic-speech-recognition"),
+    ("MaskedLM", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, None, "fill-mask"),
+    (
+        "SequenceClassification",
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "SEQ_CLS",
+        "text-classification",
+    ),
+    ("TokenClassification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "TOKEN_CLS", "token-classification"),
+    ("QuestionAnswering", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "QUESTION_ANS", "question-answering"),
+    # The last one's task type is not one of PEFT's.
+    ("ImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "IMAGE_CLS", "image-classification"),
+)
+_FEATURES = "FEATURE_EXTRACTION"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,22 @@ class Facts:
 
     @property
     def pipeline_tag(self) -> str | None:
-        return self.task or _PIPELINE_TAGS.get(self.task_type or "")
+        """The task on the Hub."""
+        if self.task or self.task_type == _FEATURES:
+            return self.task or "feature-extraction"
+        return next((task for _, names, kind, task in _AUTO_CLASSES if self._is(names, kind)), None)
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the model, or its base: an auto class where one knows it."""
+        found = (f"AutoModelFor{name}" for name, names, kind, _ in _AUTO_CLASSES if self._is(names, kind))
+        known = self.architecture if self.architecture in dir(transformers) else "AutoModel"
+        return next(found, known)
+
+    def _is(self, names: Mapping[str, Any], kind: str | None) -> bool:
+        if self.architecture:
+            return _loads(names, self.architecture)
+        return kind is not None and kind == self.task_type
 
     @property
     def library(self) -> str:
@@ -95,4 +114,9 @@ class Facts:
 
 def task_of(architecture: str) -> str | None:
     """PEFT's task type of a model class of transformers."""
-    return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
+    return next((kind for _, names, kind, _ in _AUTO_CLASSES if _loads(names, architecture)), None)
+
+
+def _loads(names: Mapping[str, Any], architecture: str) -> bool:
+    # Some model types have several classes.
+    return any(architecture in (name if isinstance(name, tuple) else (name,)) for name in names.values())

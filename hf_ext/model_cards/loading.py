@@ -19,15 +19,6 @@ from hf_ext.registry import METHODS, Method
 # Stands for the repository until `publish` knows its id: Python that works inside the saved folder.
 HERE = '"."  # this folder'
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "IMAGE_CLS": "AutoModelForImageClassification",
-}
-
 
 def snippet(facts: Facts, repo_id: str | None) -> str:
     """Python that loads the model, and lets it write where that is what it does.
@@ -40,8 +31,8 @@ def snippet(facts: Facts, repo_id: str | None) -> str:
         return _pipeline(facts, name)
     if facts.kind == "cache":
         return _cache(facts, name)
-    auto_class = _AUTO_CLASSES.get(facts.task_type or "", "AutoModel")
-    writes = facts.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and facts.tokenizer is not None
+    auto_class = facts.auto_class
+    writes = auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") and facts.tokenizer is not None
     classes = f"{auto_class}, AutoTokenizer" if writes else auto_class
     lines = [f"from transformers import {classes}", "", f"name = {name}"]
     base, loaded = _base(facts, auto_class)

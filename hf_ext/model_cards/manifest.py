@@ -23,7 +23,12 @@ def write_manifest(folder: Path, card: ModelCard, facts: Facts, probe: Probe | N
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "card": card.data.to_dict(),
-        "model": {"class": facts.architecture, "num_labels": facts.trained_classes},
+        "model": {
+            "class": facts.architecture,
+            "num_labels": facts.trained_classes,
+            "base_commit": facts.base.commit,
+            "quantization": facts.quantization,
+        },
         "files": {name: file_digest(folder / name) for name in files_of(folder)},
         "probe": probe.to_dict() if probe else None,
         "snippet": {"output_sha256": run.digest} if run else None,

@@ -186,7 +186,7 @@ def _table_of(report: MetricsReport) -> str:
 
 
 def _table(values: dict[str, float]) -> str:
-    rows = [f"| {name.replace('|', '/')} | {value:.4g} |" for name, value in values.items()]
+    rows = [f"| {' '.join(name.replace('|', '/').split())} | {value:.4g} |" for name, value in values.items()]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 

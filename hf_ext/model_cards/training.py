@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sized
@@ -40,6 +41,7 @@ _SHAPING = frozenset(
 _LIBRARY = frozenset(item.name for item in dataclasses.fields(TrainingArguments))
 # Arguments that trainers add and that name files or processes.
 _NOT_SHAPING = frozenset({"chat_template_path", "dataset_num_proc"})
+_LOSS = re.compile(r"eval_(\w+_)?loss")
 _ALWAYS = ("learning_rate", "lr_scheduler_type")
 
 
@@ -84,7 +86,7 @@ class TrainingFacts:
 def training_facts(trainer: Trainer) -> TrainingFacts:
     args = trainer.args
     history = trainer.state.log_history
-    evaluation = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    evaluation = _evaluation(trainer)
     logged = next((entry for entry in reversed(history) if "loss" in entry), {})
     summary = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     losses = {"last logged training loss": logged.get("loss"), "mean training loss": summary.get("train_loss")}
@@ -92,7 +94,9 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         trainer=type(trainer).__name__,
         settings=changed_fields(args, skip=(_LIBRARY - _SHAPING) | _NOT_SHAPING, always=(*_ALWAYS, *own_fields(args))),
         optimizer=_optimizer(trainer),
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        batch_size=(trainer.state.train_batch_size or args.train_batch_size)
+        * args.gradient_accumulation_steps
+        * args.world_size,
         seed=args.seed,
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0),
@@ -105,9 +109,9 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         cost=measured_cost(trainer),
         hardware=_hardware(args),
         train_rows=_rows(trainer.train_dataset),
-        eval_rows=_rows(trainer.eval_dataset),
+        eval_rows=_rows(trainer.eval_dataset) if _is_of(evaluation, trainer.eval_dataset) else _rows_of(evaluation),
         train_dataset=dataset_name(trainer.train_dataset),
-        eval_dataset=dataset_name(trainer.eval_dataset),
+        eval_dataset=dataset_name(trainer.eval_dataset) if _is_of(evaluation, trainer.eval_dataset) else None,
     )
 
 
@@ -124,6 +128,36 @@ def dataset_name(dataset: Any) -> DatasetName | None:
             split = str(dataset.split) if dataset.split is not None else None
             return DatasetName(name, config, split, rest.split("/")[0] or None)
     return None
+
+
+def _evaluation(trainer: Trainer) -> dict[str, float]:
+    """What was measured on the weights that the trainer holds: the last record, or that of the best checkpoint if it was loaded at the end.
+
+    Of several evaluation sets, the records of one step together.
+    """
+    records = [entry for entry in trainer.state.log_history if any(_LOSS.fullmatch(key) for key in entry)]
+    if not records:
+        return {}
+    step = records[-1]["step"]
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step and step == trainer.state.global_step:
+        step = trainer.state.best_global_step
+    several = isinstance(trainer.eval_dataset, Mapping)
+    of_step = [entry for entry in records if entry["step"] == step]
+    return {key: value for entry in (of_step if several else of_step[-1:]) for key, value in entry.items()}
+
+
+def _rows_of(evaluation: Mapping[str, float]) -> int | None:
+    """How many rows a record is of: the trainer logs only how fast they were."""
+    if not {"eval_runtime", "eval_samples_per_second"} <= evaluation.keys():
+        return None
+    return round(evaluation["eval_runtime"] * evaluation["eval_samples_per_second"])
+
+
+def _is_of(evaluation: Mapping[str, float], dataset: Any) -> bool:
+    """Whether the record can be of this data: `evaluate` takes others, and its record does not say which."""
+    rows, known = _rows_of(evaluation), _rows(dataset)
+    # Both factors of the product are rounded to three or four digits.
+    return rows is None or known is None or abs(rows - known) <= max(1, 0.02 * known)
 
 
 def _sentences(trainer: Trainer, summary: Mapping[str, Any]) -> Iterator[str]:
@@ -187,4 +221,4 @@ def _hardware(args: TrainingArguments) -> str:
 
 
 def _rows(dataset: Any) -> int | None:
-    return len(dataset) if isinstance(dataset, Sized) else None
+    return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, Mapping) else None

@@ -78,7 +78,7 @@ def test_a_full_model(tmp_path):
         part.save_pretrained(tmp_path)
     card = build_card(tmp_path, license="mit")
     parameters = sum(parameter.numel() for parameter in make_tiny_llama().parameters())
-    assert f"A fine-tuned `LlamaForCausalLM` with {parameters:,} parameters" in card.text
+    assert f"A `LlamaForCausalLM` with {parameters:,} parameters" in card.text
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert "model.generate" in card.text
 
