@@ -67,16 +67,16 @@ class ContinualTask:
             if split == "eval" and data is None:
                 continue
             if not isinstance(data, Dataset):
-                raise TypeError(f"task {self.name!r}: {split} is a {type(data).__name__}, not a datasets.Dataset.")
+                raise TypeError(f"task {self.name!r}: {split} is a {type(data).__name__}; give a datasets.Dataset.")
             if not len(data):
-                raise ValueError(f"task {self.name!r} has no {split} rows.")
+                raise ValueError(f"task {self.name!r} has no {split} rows: give at least one.")
         self._check_options()
 
     def _check_options(self) -> None:
         if self.options is None or self.eval is None:
             return
         if len(set(self.options)) < max(len(self.options), 2):
-            raise ValueError(f"task {self.name!r}: options={self.options!r} must be at least two different answers.")
+            raise ValueError(f"task {self.name!r}: options={self.options!r}: give at least two different answers.")
         if not {"prompt", "completion"} <= set(self.eval.column_names):
             raise ValueError(f"task {self.name!r}: with options, eval needs the columns `prompt` and `completion`.")
         for row, completion in enumerate(self.eval["completion"]):
@@ -99,7 +99,7 @@ def read_tasks(tasks: Iterable[ContinualTask] | Mapping[str, Any]) -> list[Conti
         raise ValueError("tasks is empty: give at least one.")
     for task in found:
         if not isinstance(task, ContinualTask):
-            raise TypeError(f"tasks: {task!r:.80} is a {type(task).__name__}, not a ContinualTask.")
+            raise TypeError(f"tasks: {task!r:.80} is a {type(task).__name__}; give a ContinualTask.")
     names = [task.name for task in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -105,7 +105,7 @@ class RoseRAGDatasetBuilder:
             raise ValueError(f"n_hinted={n_hinted}, n_unhinted={n_unhinted}: a pair needs at least two responses.")
         names = [condition.name for condition in noise or ()]
         if noise is not None and len(set(names)) < max(len(names), 1):
-            raise ValueError(f"noise: {names} must be at least one condition, each once.")
+            raise ValueError(f"noise: {names}: give at least one condition, each once.")
         if noise is not None and retriever is not None:
             raise ValueError(
                 "noise: its conditions take the passages of the questions, and a retriever would not be asked; leave one out."
