@@ -61,7 +61,7 @@ class KnowledgeEditingEvaluator:
     Args:
         model: causal language model, plain, quantised, dispatched over devices, or a `PeftModel`. It is used as it is at
             each call, so the same evaluator serves before and after the edit.
-        processing_class: its tokenizer.
+        tokenizer: its tokenizer.
         records: edit records, or anything `load_edits` reads.
         protocols: how one answer is judged; each gives its own numbers.
             `"teacher_forced_token"`: share of answer tokens that are the most likely ones when the answer before them is fed
@@ -93,7 +93,7 @@ class KnowledgeEditingEvaluator:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,
         records: str | Path | Iterable[Any],
         *,
         protocols: Sequence[str] = ("teacher_forced_token", "generate_exact"),
@@ -127,9 +127,9 @@ class KnowledgeEditingEvaluator:
         check_settings(self.settings, batch_size, judge)
         self.records: list[EditRecord] = load_edits(records)
         self.judge = judge
-        self._runner = ModelRunner(model, processing_class, batch_size, prompt_mask_argument)
+        self._runner = ModelRunner(model, tokenizer, batch_size, prompt_mask_argument)
         self._encoder = PromptEncoder(
-            processing_class,
+            tokenizer,
             separator=separator,
             add_special_tokens=add_special_tokens,
             chat_template=chat_template,

@@ -149,9 +149,9 @@ class RagPrompts:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `rag_config.json`."""
-        path = Path(folder) / CONFIG_FILE
+        path = Path(save_directory) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
