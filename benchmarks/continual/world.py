@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.training import QUIET
-from hf_ext.trainers.task_sequence import ContinualTask
+from hf_ext.trainers.tasks import ContinualTask
 
 DATA = Path(__file__).parents[1] / "data" / "continual"
 TASKS = ("dbpedia_a", "dbpedia_b", "dbpedia_c", "agnews", "yelp")

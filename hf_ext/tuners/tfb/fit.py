@@ -140,12 +140,7 @@ def bayesianize(
     """
     adapter_name = adapter_of(model, adapter_name)
     check_kind(model, adapter_name)
-    name, change_of = (criterion, CRITERIA.get(criterion)) if isinstance(criterion, str) else ("own", criterion)
-    if change_of is None:
-        raise ValueError(f"criterion={name!r}: choose one of {', '.join(map(repr, CRITERIA))}, or give a function.")
-    tolerance = _TOLERANCES.get(name) if tolerance is None else tolerance
-    if tolerance is None or not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance!r}: give the largest change of {name!r} that is accepted, above 0.")
+    name, change_of, tolerance = _judge(criterion, tolerance)
     low, high = sigma_bracket
     if not 0 < low < high:
         raise ValueError(
@@ -189,6 +184,21 @@ def bayesianize(
         }
         store(model, adapter_name, posterior_of)
     return TFBResult(search.sigma, search, name, tolerance, alone, tuple(layers))
+
+
+def _judge(criterion: str | Criterion, tolerance: float | None) -> tuple[str, Criterion, float]:
+    """The name of a criterion, its function, and the change that is accepted.
+
+    Raises:
+        ValueError: there is no such criterion, or no tolerance for it.
+    """
+    name, change_of = (criterion, CRITERIA.get(criterion)) if isinstance(criterion, str) else ("own", criterion)
+    if change_of is None:
+        raise ValueError(f"criterion={name!r}: choose one of {', '.join(map(repr, CRITERIA))}, or give a function.")
+    tolerance = _TOLERANCES.get(name) if tolerance is None else tolerance
+    if tolerance is None or not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance!r}: give the largest change of {name!r} that is accepted, above 0.")
+    return name, change_of, tolerance
 
 
 def _predicted(
