@@ -14,24 +14,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from benchmarks.common import add_stored, markdown, spread, stored_runs, write
-from benchmarks.continual.world import QUIET
 from benchmarks.editing import BASE, DATA, PROTOCOLS, SHOWN, records_of
 from benchmarks.rag.world import questions
+from benchmarks.training import edit_settings, silence
 from hf_ext.demo.model import embedded_model
 from hf_ext.demo.recipes import STOP_LOSS, StopBelow, tokenized
 from hf_ext.demo.run import DRIFT_TEXTS
@@ -83,17 +80,7 @@ def editor(
 ) -> Callable[[Any, list[EditRecord]], None]:
     def edit(model: Any, records: list[EditRecord]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            settings: dict[str, Any] = {
-                **QUIET,
-                "output_dir": scratch,
-                "max_steps": STEPS,
-                "per_device_train_batch_size": len(records),
-                "learning_rate": rate,
-                "lr_scheduler_type": "constant",
-                "logging_strategy": "steps",
-                "logging_steps": 1,
-                "seed": seed,
-            }
+            settings = edit_settings(scratch, len(records), STEPS, rate, seed)
             shared: dict[str, Any] = {
                 "model": model,
                 "train_dataset": tokenized(tokenizer, records, False),
@@ -232,9 +219,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    silence()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     runs, references = stored_runs(NAME), {}
     for name, rate, seed, setting in plan(runs, options.arms, options.settings):

@@ -14,31 +14,27 @@ Finished runs are kept in the results file.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.common import add_stored, markdown, spread, stored_runs, write
-from benchmarks.continual.world import QUIET
+from benchmarks.common import add_stored, markdown, seeds_to_run, spread, stored_runs, write
 from benchmarks.overtone_world import World, build, encode, rows
+from benchmarks.training import edit_settings, silence
 from hf_ext.demo.recipes import StopBelow
 from hf_ext.trainers.baft import BaftTrainer, BaftTrainerConfig
 from hf_ext.tuners.baft import BaftConfig
@@ -126,17 +122,7 @@ def teach(model: Any, arm: Arm, now: Task, pairs: Sequence[tuple[str, str]], rat
     """The steps that it took."""
     words = now.world.words
     with tempfile.TemporaryDirectory() as scratch:
-        settings: dict[str, Any] = {
-            **QUIET,
-            "output_dir": scratch,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": len(pairs),
-            "learning_rate": rate,
-            "lr_scheduler_type": "constant",
-            "logging_strategy": "steps",
-            "logging_steps": 1,
-            "seed": seed,
-        }
+        settings = edit_settings(scratch, len(pairs), STEPS, rate, seed)
         shared: dict[str, Any] = {
             "model": model,
             "train_dataset": tokenised(words, pairs),
@@ -218,12 +204,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    seeds = parser.parse_args().seeds
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    seeds = seeds_to_run(SEEDS)
+    silence()
     runs = stored_runs(NAME)
     plan = [("batch", positions, arm) for positions in ("l1+tail", "l1") for arm in BATCH]
     plan += [("one by one", "l1+tail", arm) for arm in ONE_BY_ONE]

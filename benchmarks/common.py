@@ -52,6 +52,13 @@ def add_stored(name: str, runs: list[dict[str, Any]], key: Callable[[dict[str, A
     runs.sort(key=lambda run: json.dumps(key(run)))
 
 
+def seeds_to_run(seeds: Sequence[int]) -> list[int]:
+    """The seeds on the command line, or else these."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    return parser.parse_args().seeds
+
+
 def run_seeds(
     name: str,
     seeds: Sequence[int],
@@ -60,11 +67,9 @@ def run_seeds(
     key: Callable[[dict[str, Any]], Any],
 ) -> None:
     """The main of a script that measures seed by seed: those on the command line, or all, that are not stored yet; then the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     warnings.filterwarnings("ignore")
     runs = stored_runs(name)
-    for seed in parser.parse_args().seeds:
+    for seed in seeds_to_run(seeds):
         if seed not in {run["seed"] for run in runs}:
             runs += measure(seed)
             add_stored(name, runs, key)

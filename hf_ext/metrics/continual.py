@@ -79,7 +79,7 @@ class TaskMatrix:
         rows |= {name: row for name, row in given.items() if row is not None}
         for name, row in rows.items():
             if len(row) != len(self.tasks):
-                raise ValueError(f"{name} has {len(row)} entries for {len(self.tasks)} tasks.")
+                raise ValueError(f"{name} has {len(row)} entries for {len(self.tasks)} tasks; give one for each.")
             wrong = [value for value in row if value is not None and not math.isfinite(value)]
             if wrong:
                 raise ValueError(f"{name}: {wrong[0]} is no score; leave out with None what was not measured.")

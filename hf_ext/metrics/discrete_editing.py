@@ -29,7 +29,7 @@ def preserved(found_BN: Tensor, source_BN: Tensor, keep_BN: Tensor) -> float:
         ValueError: there are none.
     """
     if not keep_BN.any():
-        raise ValueError("no position is named: the mask is False everywhere.")
+        raise ValueError("keep_BN: the mask is False everywhere; name at least one position.")
     return (found_BN == source_BN)[keep_BN].float().mean().item()
 
 

@@ -57,7 +57,9 @@ def paired_permutation_test(first: Sequence[float], second: Sequence[float], *, 
         ValueError: the two sequences differ in length.
     """
     if len(first) != len(second):
-        raise ValueError(f"a paired test needs the same rows in both: got {len(first)} and {len(second)} values")
+        raise ValueError(
+            f"first has {len(first)} values and second {len(second)}: a paired test needs the same rows in both."
+        )
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     difference = difference[difference != 0]
     n = len(difference)

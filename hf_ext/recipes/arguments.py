@@ -14,7 +14,7 @@ from hf_ext.pipelines.roserag import RagPrompts
 from hf_ext.recipes.data import check_columns, load
 from hf_ext.recipes.methods import TEXTS
 from hf_ext.recipes.values import checked
-from hf_ext.trainers.task_sequence import ContinualTask
+from hf_ext.trainers.tasks import ContinualTask
 
 CARD_WORDS = (
     *(

@@ -26,7 +26,7 @@ def test_tokens():
     keep = torch.tensor([[True, True, False, False], [True, True, False, False]])
     assert preserved(FOUND, SOURCE, keep) == 0.75
     assert edit_strength(FOUND, SOURCE, torch.ones_like(keep)) == 0.25
-    with pytest.raises(ValueError, match="no position is named"):
+    with pytest.raises(ValueError, match="name at least one position"):
         preserved(FOUND, SOURCE, torch.zeros_like(keep))
 
 

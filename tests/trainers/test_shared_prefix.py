@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 from hf_ext.trainers import task_sequence
 from hf_ext.trainers.output_layer import score_answers
 from hf_ext.trainers.shared_prefix import can_share_prefix, common_prefix, score_groups
-from hf_ext.trainers.task_sequence import ContinualTask
+from hf_ext.trainers.tasks import ContinualTask
 from tests.conftest import make_tiny_llama
 from tests.trainers.adaptive_svd.helpers import make_trainer
 

@@ -175,10 +175,10 @@ class SQuatCache(DynamicCache):
         state.restore(cache, path, device)
         return cache
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the cache into a folder that can be published, under the name that `from_pretrained` looks for."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.save(Path(folder) / FILE)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.save(Path(save_directory) / FILE)
 
     @staticmethod
     def from_pretrained(

@@ -50,7 +50,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Results of all groups.
+    """Results of all items, of each group and of their combinations.
 
     Attributes:
         rows: all items first, then groups of one factor, then of combinations.

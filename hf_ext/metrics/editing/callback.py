@@ -44,7 +44,7 @@ class EditingCallback(TrainerCallback):
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+                raise ValueError(f"{name}={value}: give at least 1.")
         self.evaluator = evaluator
         self.trainer = trainer
         self.before = before
@@ -65,7 +65,7 @@ class EditingCallback(TrainerCallback):
         if state.global_step > 0:
             raise ValueError(
                 f"training resumes at step {state.global_step}, where the model is no longer untouched; pass before=, the "
-                "evaluator's predict() on the model before editing"
+                "evaluator's predict() on the model before editing."
             )
         self.before = self.evaluator.predict()
 

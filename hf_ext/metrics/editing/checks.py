@@ -17,11 +17,13 @@ def check_settings(settings: Mapping[str, Any], batch_size: int, judge: Judge | 
     protocols = settings["protocols"]
     unknown = [protocol for protocol in protocols if protocol not in PROTOCOLS]
     if unknown or not protocols or len(set(protocols)) != len(protocols):
-        raise ValueError(f"protocols={protocols} must name one or more of {list(PROTOCOLS)}, each once")
+        raise ValueError(f"protocols={protocols}: name one or more of {list(PROTOCOLS)}, each once.")
     if settings["answer_policy"] not in ANSWER_POLICIES:
-        raise ValueError(f"answer_policy={settings['answer_policy']!r} must be one of {list(ANSWER_POLICIES)}")
+        raise ValueError(f"answer_policy={settings['answer_policy']!r}: choose one of {list(ANSWER_POLICIES)}.")
     if ("generate_judge" in protocols) != (judge is not None):
-        raise ValueError('"generate_judge" among the protocols and judge= belong together; give both or neither')
+        raise ValueError(
+            f"protocols={protocols} and judge={judge!r:.60}: 'generate_judge' and a judge belong together; give both or neither."
+        )
     for name, value in (
         ("max_new_tokens", settings["max_new_tokens"]),
         ("batch_size", batch_size),
@@ -29,15 +31,17 @@ def check_settings(settings: Mapping[str, Any], batch_size: int, judge: Judge | 
         ("fluency_tokens", settings["fluency_tokens"]),
     ):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise ValueError(f"{name}={value}: give at least 1.")
     stops, separator = settings["stop_strings"], settings["separator"]
     if "" in stops:
-        raise ValueError("stop_strings holds an empty string, which would end every answer at once; remove it")
+        raise ValueError(
+            f"stop_strings={stops} holds an empty string, which would end every answer at once; remove it."
+        )
     blank = separator[len(separator.rstrip()) :]
     if set(protocols) & set(GENERATED) and any(stop in blank for stop in stops):
         raise ValueError(
             f"separator={separator!r} ends in a stop string, so decoding would stop before the answer; "
-            f"remove it from stop_strings={stops}"
+            f"remove it from stop_strings={stops}."
         )
 
 

@@ -55,7 +55,7 @@ def compare(reports: Mapping[str, EditingReport]) -> Comparison:
             such numbers measure different things and do not belong into one table.
     """
     if len(reports) < 2:
-        raise ValueError(f"compare needs two or more reports, got {len(reports)}")
+        raise ValueError(f"reports={list(reports)}: give two or more.")
     (baseline_name, baseline), *others = reports.items()
     for name, report in others:
         _check_alike(baseline_name, baseline, name, report)
@@ -78,13 +78,13 @@ def _check_alike(name_a: str, a: EditingReport, name_b: str, b: EditingReport) -
     if differing:
         details = "; ".join(f"{key}: {a.settings.get(key)!r} against {b.settings.get(key)!r}" for key in differing)
         raise ValueError(
-            f"reports {name_a!r} and {name_b!r} were measured differently ({details}); evaluate both the same way"
+            f"reports {name_a!r} and {name_b!r} were measured differently ({details}); evaluate both the same way."
         )
     ids_a, ids_b = ({row["id"] for row in report.records} for report in (a, b))
     if ids_a != ids_b:
         raise ValueError(
             f"reports {name_a!r} and {name_b!r} hold different edits, e.g. {sorted(ids_a ^ ids_b)[:3]}; "
-            "a paired comparison needs the same ones"
+            "a paired comparison needs the same ones."
         )
 
 

@@ -70,7 +70,9 @@ class PromptEncoder:
         differing = (i for i, (a, b) in enumerate(zip(prompt_ids, joined, strict=False)) if a != b)
         shared = next(differing, len(joined) - 1)
         if shared == 0:
-            raise ValueError(f"prompt {prompt!r} and answer {answer!r} share their first token; use another separator")
+            raise ValueError(
+                f"prompt {prompt!r} and answer {answer!r} share their first token; use another separator."
+            )
         return joined[:shared], joined[shared:]
 
     def _prompt_text(self, prompt: str) -> str:

@@ -61,7 +61,7 @@ class KnowledgeEditingEvaluator:
     Args:
         model: causal language model, plain, quantised, dispatched over devices, or a `PeftModel`. It is used as it is at
             each call, so the same evaluator serves before and after the edit.
-        processing_class: its tokenizer.
+        tokenizer: its tokenizer.
         records: edit records, or anything `load_edits` reads.
         protocols: how one answer is judged; each gives its own numbers.
             `"teacher_forced_token"`: share of answer tokens that are the most likely ones when the answer before them is fed
@@ -93,7 +93,7 @@ class KnowledgeEditingEvaluator:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,
         records: str | Path | Iterable[Any],
         *,
         protocols: Sequence[str] = ("teacher_forced_token", "generate_exact"),
@@ -127,9 +127,9 @@ class KnowledgeEditingEvaluator:
         check_settings(self.settings, batch_size, judge)
         self.records: list[EditRecord] = load_edits(records)
         self.judge = judge
-        self._runner = ModelRunner(model, processing_class, batch_size, prompt_mask_argument)
+        self._runner = ModelRunner(model, tokenizer, batch_size, prompt_mask_argument)
         self._encoder = PromptEncoder(
-            processing_class,
+            tokenizer,
             separator=separator,
             add_special_tokens=add_special_tokens,
             chat_template=chat_template,
@@ -140,7 +140,9 @@ class KnowledgeEditingEvaluator:
         texts = [windows(self._encoder.text(text), len(self._encoder.prefix)) for text in drift_texts or ()]
         self._texts = [pieces for pieces in texts if pieces]
         if drift_texts and not self._texts:
-            raise ValueError("drift_texts holds no text of two tokens or more; pass whole sentences")
+            raise ValueError(
+                f"drift_texts={list(drift_texts)!r:.80} holds no text of two tokens or more; pass whole sentences."
+            )
         self._check_lengths()
         self._fingerprint = _digest([self.settings, [record.to_dict() for record in self.records]])
 
@@ -299,24 +301,24 @@ class KnowledgeEditingEvaluator:
             if not isinstance(self.model, PeftModel):
                 raise ValueError(
                     "before=None needs a PeftModel, whose adapters can be switched off; for an edit of the weights pass the "
-                    "result of evaluator.predict() from before the edit"
+                    "result of evaluator.predict() from before the edit."
                 )
             with self.model.disable_adapter():
                 return self.predict(ids, drift=drift)
         if before.fingerprint != self._fingerprint:
-            raise ValueError("before was predicted with other records or settings; predict() with this evaluator")
+            raise ValueError("before was predicted with other records or settings; predict() with this evaluator.")
         missing = sorted(set(ids) - set(before.records))
         if missing:
-            raise ValueError(f"before lacks the records {missing[:5]}; predict() them on the untouched model first")
+            raise ValueError(f"before lacks the records {missing[:5]}; predict() them on the untouched model first.")
         if drift and before.drift is None:
-            raise ValueError("before holds no reference for drift; predict(drift=True), or evaluate(drift=False)")
+            raise ValueError("before holds no reference for drift; predict(drift=True), or evaluate(drift=False).")
         return before
 
     def _chosen(self, records: Sequence[str] | None) -> dict[str, list[Probe]]:
         ids = list(self._probes) if records is None else list(records)
         unknown = [record for record in ids if record not in self._probes]
         if unknown or not ids:
-            raise ValueError(f"records={unknown[:5]} are not among the evaluator's records; pass their ids")
+            raise ValueError(f"records={unknown[:5]} are not among the evaluator's records; pass their ids.")
         return {record: self._probes[record] for record in ids}
 
     def _encode(self, probe: Probe) -> list[list[tuple[Tokens, Tokens]]]:
@@ -338,13 +340,13 @@ class KnowledgeEditingEvaluator:
                 if decoding and probe.section != "locality" and len(answer) > longest:
                     raise ValueError(
                         f"{where}: the answer has {len(answer)} tokens but max_new_tokens={longest}; raise max_new_tokens "
-                        "or use teacher-forced protocols only"
+                        "or use teacher-forced protocols only."
                     )
                 room = max(len(answer), longest, fluency if probe.section == "reliability" else 0)
                 if len(prompt) + room > context:
                     raise ValueError(
                         f"{where}: {len(prompt)} prompt tokens and {room} answer tokens do not fit into the context of "
-                        f"{context}; shorten the prompt, or lower max_new_tokens or fluency_tokens"
+                        f"{context}; shorten the prompt, or lower max_new_tokens or fluency_tokens."
                     )
 
 

@@ -170,7 +170,7 @@ _KNOWEDIT_KINDS = {
 def detect_format(row: Any, where: str) -> str:
     """Names the format of a row by its keys; raises ValueError listing the keys if none fits."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        raise ValueError(f"{where}: this is a {type(row).__name__}; give an object.")
     keys = set(row)
     if "requested_rewrite" in keys:
         return "mquake" if isinstance(row["requested_rewrite"], list) else "counterfact"
@@ -184,7 +184,9 @@ def detect_format(row: Any, where: str) -> str:
         return "qaedit"
     if {"prompt", "target_new"} <= keys:
         return _detect_prompt_format(row)
-    raise ValueError(f"{where}: no known format has the keys {sorted(keys)}; pass format= or convert to our schema")
+    raise ValueError(
+        f"{where}: no known format has the keys {sorted(keys)}; name the format, or convert to our schema."
+    )
 
 
 def _detect_prompt_format(row: Row) -> str:
@@ -234,7 +236,7 @@ def _parallel(item: Any, where: str) -> list[dict[str, Any]]:
         or not isinstance(answers, (list, tuple))
         or len(prompts) != len(answers)
     ):
-        raise ValueError(f"{where}: prompt and ground_truth must be two strings or two lists of the same length")
+        raise ValueError(f"{where}: give prompt and ground_truth as two strings or two lists of the same length.")
     return [{"prompt": prompt, "ground_truth": answer} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
@@ -242,7 +244,9 @@ def _split_statement(statement: str, where: str) -> tuple[str, str]:
     """Splits "The mother of X is Y." into ("The mother of X is", "Y") at the last verb of the data's templates."""
     match = re.fullmatch(r"(.* (?:is followed by|is|are)) (.+?)\.?\s*", statement)
     if match is None:
-        raise ValueError(f"{where}: edit.prompt={statement!r} is not of the form '<prompt> is <answer>.'")
+        raise ValueError(
+            f"{where}: edit.prompt={statement!r} is not of the form '<prompt> is <answer>'; rewrite it, or drop the row."
+        )
     return match.group(1), match.group(2)
 
 

@@ -64,7 +64,7 @@ class ModelRunner:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if "logits_to_keep" not in inspect.signature(base.forward).parameters:
             raise ValueError(
-                f"{type(base).__name__}.forward takes no `logits_to_keep`; pass a causal language model that does"
+                f"{type(base).__name__}.forward takes no `logits_to_keep`; pass a causal language model that does."
             )
         # `generate` comes from a mixin that the type of a loaded model does not name.
         self.model: Any = model

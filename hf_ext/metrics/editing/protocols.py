@@ -82,6 +82,6 @@ def _judged(judge: Judge | None, prompt: str, answer: str, prediction: str) -> f
     score = float(judge(prompt, answer, prediction))
     if not 0 <= score <= 1:
         raise ValueError(
-            f"judge returned {score} for the prompt {prompt!r}; return a truth value or a score in [0, 1]"
+            f"judge returned {score} for the prompt {prompt!r}; return a truth value or a score in [0, 1]."
         )
     return score

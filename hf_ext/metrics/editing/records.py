@@ -76,12 +76,12 @@ class EditRecord:
             ValueError: a field is unknown, missing, empty or of the wrong type.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            raise ValueError(f"{where}: this is a {type(row).__name__}; give a JSON object.")
         record_id = row.get("id")
         where = f"{where} (id {record_id!r})" if record_id is not None else where
         unknown = sorted(set(row) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"{where}: unknown fields {unknown}; known: {sorted(cls.__dataclass_fields__)}")
+            raise ValueError(f"{where}: unknown fields {unknown}; known: {sorted(cls.__dataclass_fields__)}.")
         return cls(
             prompt=checked_text(row.get("prompt"), where, "prompt"),
             target_new=checked_text(row.get("target_new"), where, "target_new"),
@@ -127,7 +127,7 @@ def load_edits(source: str | Path | Iterable[Any], *, format: str | None = None)
     from hf_ext.metrics.editing.formats import FORMATS, detect_format
 
     if format is not None and format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown; choose one of {sorted(FORMATS)}")
+        raise ValueError(f"format={format!r} is unknown; choose one of {sorted(FORMATS)}.")
     records: list[EditRecord] = []
     places: dict[str, str] = {}
     for position, (where, row) in enumerate(_rows(source)):
@@ -137,17 +137,19 @@ def load_edits(source: str | Path | Iterable[Any], *, format: str | None = None)
         try:
             translated = FORMATS[name](plain, where, position)
         except KeyError as error:
-            raise ValueError(f"{where}: the format {name!r} needs the field {error}") from error
+            raise ValueError(
+                f"{where}: the format {name!r} needs the field {error}; add it, or name another format."
+            ) from error
         for item in translated:
             record = EditRecord.from_dict(item, where=where)
             if record.id in places:
                 raise ValueError(
-                    f"{where}: id {record.id!r} already occurs in {places[record.id]}; give every record its own id"
+                    f"{where}: id {record.id!r} already occurs in {places[record.id]}; give every record its own id."
                 )
             places[record.id] = where
             records.append(record)
     if not records:
-        raise ValueError("no edit record found; the source is empty")
+        raise ValueError("source is empty; give at least one record.")
     return records
 
 
@@ -166,7 +168,9 @@ def _rows(source: str | Path | Iterable[Any]) -> Iterable[tuple[str, Any]]:
         try:
             rows.append((f"{path.name} line {number}", json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} line {number}: not valid JSON ({error}); one object a line") from error
+            raise ValueError(
+                f"{path.name} line {number}: not valid JSON ({error}); write one object a line."
+            ) from error
     return rows
 
 
@@ -174,18 +178,20 @@ def _json_list(content: str, name: str) -> list[Any]:
     try:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} line {error.lineno}: not valid JSON ({error.msg})") from error
+        raise ValueError(f"{name} line {error.lineno}: not valid JSON ({error.msg}); mend it there.") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{name}: a .json file must hold a list of records, got {type(rows).__name__}")
+        raise ValueError(
+            f"{name}: it holds a {type(rows).__name__}; give a list of records, or a .jsonl file of one object a line."
+        )
     return rows
 
 
 def checked_text(value: Any, where: str, name: str) -> str:
     """`value` without surrounding white space; raises ValueError unless it is a string with something in it."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name}={value!r} must be a string")
+        raise ValueError(f"{where}: {name}={value!r}: give a string.")
     if not value.strip():
-        raise ValueError(f"{where}: {name}={value!r} is empty; write it, or drop the row")
+        raise ValueError(f"{where}: {name}={value!r} is empty; write it, or drop the row.")
     return value.strip()
 
 
@@ -195,7 +201,7 @@ def _optional_text(value: Any, where: str, name: str) -> str | None:
 
 def _label(value: Any, where: str, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {name}={value!r} must be a string")
+        raise ValueError(f"{where}: {name}={value!r}: give a string.")
     return value
 
 
@@ -204,7 +210,7 @@ def checked_texts(value: Any, where: str, name: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where}: {name}={value!r} must be a list of strings")
+        raise ValueError(f"{where}: {name}={value!r}: give a list of strings.")
     return tuple(checked_text(item, where, f"{name}[{index}]") for index, item in enumerate(value))
 
 
@@ -213,13 +219,13 @@ def _sections(value: Any, where: str, name: str) -> dict[str, tuple[Question, ..
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {name}={value!r} must be an object {{kind: [question, ...]}}")
+        raise ValueError(f"{where}: {name}={value!r}: give an object {{kind: [question, ...]}}.")
     sections = {}
     for key, items in value.items():
         if items is None:
             continue
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{where}: {name}.{key}={items!r} must be a list of {{prompt, ground_truth}}")
+            raise ValueError(f"{where}: {name}.{key}={items!r}: give a list of {{prompt, ground_truth}}.")
         if items:
             sections[key] = tuple(_question(item, where, f"{name}.{key}[{index}]") for index, item in enumerate(items))
     return sections
@@ -228,17 +234,17 @@ def _sections(value: Any, where: str, name: str) -> dict[str, tuple[Question, ..
 def _question(item: Any, where: str, name: str) -> Question:
     """Reads `{"prompt": str, "ground_truth": str | [str] | [[str]]}`."""
     if not isinstance(item, Mapping) or not {"prompt", "ground_truth"} <= set(item):
-        raise ValueError(f"{where}: {name}={item!r} must be an object with prompt and ground_truth")
+        raise ValueError(f"{where}: {name}={item!r}: give an object with prompt and ground_truth.")
     answers = item["ground_truth"]
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, (list, tuple)) or not answers:
-        raise ValueError(f"{where}: {name}.ground_truth={answers!r} must list at least one accepted answer")
+        raise ValueError(f"{where}: {name}.ground_truth={answers!r}: give at least one accepted answer.")
     nested = [isinstance(answer, (list, tuple)) for answer in answers]
     if any(nested) and not all(nested):
-        raise ValueError(f"{where}: {name}.ground_truth={answers!r} mixes answers and lists of aliases; use one form")
+        raise ValueError(f"{where}: {name}.ground_truth={answers!r} mixes answers and lists of aliases; use one form.")
     groups = answers if all(nested) else [answers]
     checked = tuple(checked_texts(group, where, f"{name}.ground_truth") for group in groups)
     if not all(checked):
-        raise ValueError(f"{where}: {name}.ground_truth={answers!r} has an empty list of aliases; remove it")
+        raise ValueError(f"{where}: {name}.ground_truth={answers!r} has an empty list of aliases; remove it.")
     return Question(checked_text(item["prompt"], where, f"{name}.prompt"), checked)

@@ -156,7 +156,9 @@ class EditingReport:
         """
         content = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
         if not isinstance(content, Mapping) or content.get("format_version") != _FORMAT_VERSION:
-            raise ValueError(f"not an editing report of format version {_FORMAT_VERSION}")
+            raise ValueError(
+                f"source={str(source)[:60]!r} is not an editing report of format version {_FORMAT_VERSION}; give what to_json() wrote."
+            )
         return cls(content["settings"], content["records"], content["drift"], content["curve"])
 
     def _places(self, stage: str, protocol: str) -> Iterator[tuple[str, str | None]]:

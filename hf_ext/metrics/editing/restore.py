@@ -38,13 +38,13 @@ class ParameterSnapshot:
             changed = sorted(set(named) ^ set(self._requires_grad))[:3]
             raise ValueError(
                 f"the editor added or removed parameters ({changed}, …), which a snapshot cannot undo; add the adapter before "
-                "run_editing, or pass restore=, a callable that undoes the edit"
+                "run_editing, or pass restore, a callable that undoes the edit."
             )
         for name, total in self._sums.items():
             if _checksum(named[name]) != total:
                 raise ValueError(
                     f"the editor changed {name!r}, which did not require a gradient when run_editing began, so there is no "
-                    "copy of it; mark what the editor changes as trainable first, or pass restore="
+                    "copy of it; mark what the editor changes as trainable first, or pass restore, which undoes the edit."
                 )
         current: dict[str, Tensor] = {**named, **dict(self.model.named_buffers())}
         with torch.no_grad():

@@ -126,12 +126,12 @@ def _point(report: EditingReport) -> dict[str, Any]:
 
 def _check(setting: str, chunk_size: int, order_seed: int | None, eval_every: int | None, restore: object) -> None:
     if setting not in SETTINGS:
-        raise ValueError(f"setting={setting!r} must be one of {list(SETTINGS)}")
+        raise ValueError(f"setting={setting!r}: choose one of {list(SETTINGS)}.")
     for name, value in (("chunk_size", chunk_size), ("eval_every", eval_every)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise ValueError(f"{name}={value}: give at least 1.")
     sequential_only = {"chunk_size": chunk_size != 1, "order_seed": order_seed is not None, "eval_every": eval_every}
     unused: Sequence[str] = [name for name, given in sequential_only.items() if given and setting != "sequential"]
     unused = [*unused, *(["restore"] if restore is not None and setting != "single" else [])]
     if unused:
-        raise ValueError(f"{unused} has no meaning in setting={setting!r}; leave it out")
+        raise ValueError(f"{unused} has no meaning in setting={setting!r}; leave it out.")

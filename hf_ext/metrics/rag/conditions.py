@@ -77,7 +77,7 @@ def iter_questions(rows: Iterable[Mapping[str, Any]]) -> Iterator[Question]:
         passages = list(row.get("documents") or ())
         for passage in passages:
             if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
-                raise ValueError(f"{where}: the passage {passage!r:.80} has no text.")
+                raise ValueError(f"{where}: the passage {passage!r:.80} has no text; give {{'title', 'text'}}.")
         documents = tuple({"title": passage.get("title") or "", "text": passage["text"]} for passage in passages)
         gold = tuple(bool(passage.get("is_gold")) for passage in passages)
         yield Question(name, question, usable, documents, gold)
@@ -110,7 +110,7 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.adversarial < 0 or (self.distractors is not None and self.distractors < 0):
-            raise ValueError(f"{self}: numbers of passages are >= 0.")
+            raise ValueError(f"{self}: give numbers of passages >= 0.")
 
     @property
     def name(self) -> str:

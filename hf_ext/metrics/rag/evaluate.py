@@ -48,7 +48,7 @@ def evaluate_rag(
     asked = [q for q in questions if isinstance(q, Question)] if _are_read(questions) else read_questions(questions)  # type: ignore[arg-type]
     names = [condition.name for condition in conditions]
     if len(set(names)) < max(len(names), 1):
-        raise ValueError(f"conditions: {names} must be at least one, with different names.")
+        raise ValueError(f"conditions: {names}: give at least one, with different names.")
     matcher = matcher or AnswerMatcher()
     records: list[dict[str, Any]] = []
     pool = [(question.id, question.answers[0]) for question in asked[:_WRONG_ANSWERS]]
@@ -67,7 +67,7 @@ def evaluate_rag(
             )
         answers = list(reader(inputs))
         if len(answers) != len(rows):
-            raise ValueError(f"the reader gave {len(answers)} answers to {len(rows)} questions.")
+            raise ValueError(f"the reader gave {len(answers)} answers to {len(rows)} questions; return one for each.")
         for question, given, found in zip(rows, inputs, answers, strict=True):
             records.append({"condition": condition.name, **_judged(question, given["documents"], found, matcher)})
     return RagReport(tuple(names), records, {"match": matcher.match, "seed": seed, "questions": len(asked)})

@@ -196,5 +196,7 @@ def compare(reports: Mapping[str, RagReport], score: str = "exact_match") -> Rag
         same = report.settings == first.settings and report.conditions == first.conditions
         same = same and all(report.values(c, score).keys() == first.values(c, score).keys() for c in first.conditions)
         if not same:
-            raise ValueError(f"reports {first_name!r} and {name!r} are of other questions, conditions or settings.")
+            raise ValueError(
+                f"reports {first_name!r} and {name!r} are of other questions, conditions or settings; evaluate both alike."
+            )
     return RagComparison(reports, score)

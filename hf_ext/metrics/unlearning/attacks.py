@@ -119,7 +119,7 @@ def quantized_copy(model: Model, bits: int) -> Iterator[Model]:
         AttackUnavailable: a model without linear layers in floating point, or with offloaded weights.
     """
     if not whole(bits, 2, 8):
-        raise ValueError(f"bits={bits!r} must be a whole number from 2 to 8")
+        raise ValueError(f"bits={bits!r}: give a whole number from 2 to 8.")
     weights = _weights_in_memory(model)
     adapters = _adapter_weights(model)
     head = model.get_output_embeddings()

@@ -53,15 +53,17 @@ class UnlearningEvalCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+            raise ValueError(f"every_n_steps={every_n_steps}: give at least 1.")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "the main process holds a part of the weights only (FSDP or DeepSpeed); call evaluate_unlearning on the "
-                "saved model instead"
+                "saved model instead."
             )
         found = trainer.processing_class if tokenizer is None else tokenizer
         if not isinstance(found, PreTrainedTokenizerBase):
-            raise ValueError(f"the trainer's processing_class is {type(found).__name__}; pass tokenizer=")
+            raise ValueError(
+                f"the trainer's processing_class is {type(found).__name__}; pass a tokenizer as tokenizer."
+            )
         self.trainer = trainer
         self.splits = {name: list(rows) for name, rows in splits.items()}
         self.retrained = retrained

@@ -125,7 +125,7 @@ def evaluate_unlearning(
         "rows": {name: {"rows": len(items), "digest": digest(items)} for name, items in rows.items()},
     }
     if retrained is model:
-        raise ValueError("retrained is the model itself; pass a model trained without the forget rows, or None")
+        raise ValueError("retrained is the model itself; pass a model trained without the forget rows, or None.")
     evaluation = _Evaluation(model, tokenizer, rows, settings, batch_size)
     reference: Logs = {}
     if isinstance(retrained, (PreTrainedModel, PeftModel)):
@@ -146,7 +146,7 @@ def evaluate_unlearning(
 
 def _read_splits(splits: Mapping[str, Iterable[Mapping[str, Any] | Row]]) -> dict[str, list[Row]]:
     if "forget" not in splits:
-        raise ValueError(f"splits has no 'forget' among {sorted(splits)}; name the split that was unlearned so")
+        raise ValueError(f"splits has no 'forget' among {sorted(splits)}; name the split that was unlearned so.")
     rows = {name: read_rows(items, name) for name, items in splits.items()}
     for name, items in rows.items():
         # Texts to be reproduced verbatim are another view of the rows to forget.
@@ -299,7 +299,7 @@ class _Evaluation:
                     try:
                         self._check_row(row, "forget", generated=True)
                     except ValueError as error:
-                        raise ValueError(f"{error}; or leave out the attack {attack!r}") from error
+                        raise ValueError(f"{error} Or leave out the attack {attack!r}.") from error
         if "relearning" in self.settings["attacks"]:
             relearn, probe = self._halves()
             refuse_overlap(probe, "forget", relearn, "forget")
@@ -317,16 +317,16 @@ class _Evaluation:
         length = len(prompt) + len(answer) - closing - asked
         inside = [stop for stop in stops if stop in row.answer]
         if inside:
-            raise ValueError(f"{where}: the answer holds the stop string {inside[0]!r}; remove it from stop_strings")
+            raise ValueError(f"{where}: the answer holds the stop string {inside[0]!r}; remove it from stop_strings.")
         if length > limit:
             raise ValueError(
                 f"{where}: the answer has {length} tokens but max_new_tokens={limit}, so that its end would look "
-                "forgotten; raise max_new_tokens or shorten the answer"
+                "forgotten; raise max_new_tokens or shorten the answer."
             )
         if asked + limit > context:
             raise ValueError(
                 f"{where}: {asked} prompt tokens and max_new_tokens={limit} do not fit into the context of {context}; "
-                "lower max_new_tokens or shorten the row"
+                "lower max_new_tokens or shorten the row."
             )
 
     def _halves(self) -> tuple[list[Row], list[Row]]:

@@ -121,7 +121,7 @@ def check_end_tokens(runner: ModelRunner) -> None:
     if ordinary:
         raise ValueError(
             f"generation_config.eos_token_id holds {ordinary[0]} ({tokenizer.decode([ordinary[0]])!r}), an ordinary "
-            "token, at which every answer would end; remove it from the model's generation_config"
+            "token, at which every answer would end; remove it from the model's generation_config."
         )
 
 

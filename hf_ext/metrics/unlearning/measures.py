@@ -60,7 +60,7 @@ def log_truth_ratio(correct: ArrayLike, wrong: ArrayLike, *, mean: str = "geomet
             or `"arithmetic"` (older TOFU code).
     """
     if mean not in ("geometric", "arithmetic"):
-        raise ValueError(f'mean={mean!r} must be "geometric" or "arithmetic"')
+        raise ValueError(f'mean={mean!r}: give "geometric" or "arithmetic".')
     losses = _floats(wrong)
     wrong_log = -losses.mean(axis=1) if mean == "geometric" else _logsumexp(-losses) - math.log(losses.shape[1])
     return wrong_log + _floats(correct)
@@ -113,7 +113,9 @@ def forget_quality(ratios: ArrayLike, retrained: ArrayLike) -> ForgetQuality:
     first, second = np.sort(_floats(ratios)), np.sort(_floats(retrained))
     n, m = first.size, second.size
     if not n or not m or np.isnan(first).any() or np.isnan(second).any():
-        raise ValueError("forget quality needs one truth ratio per row from both models, none of them NaN")
+        raise ValueError(
+            f"ratios ({n}) and retrained ({m} values): give one truth ratio per row from both models, none of them NaN."
+        )
     pooled = np.concatenate([first, second])
     below = (np.searchsorted(sample, pooled, side="right") for sample in (first, second))
     # n·m times the difference of the distribution functions at every value, in integers.
@@ -148,7 +150,7 @@ def model_utility(values: Sequence[float]) -> float:
     """
     scores = _floats(values)
     if not scores.size or not (scores >= 0).all():
-        raise ValueError(f"model utility needs one or more scores of at least 0, got {list(values)}")
+        raise ValueError(f"values={list(values)}: give one or more scores of at least 0.")
     return float(_harmonic_mean(scores))
 
 
@@ -239,7 +241,9 @@ def auc(forget: ArrayLike, holdout: ArrayLike) -> float:
     """
     first, second = _floats(forget), _floats(holdout)
     if not first.size or not second.size or np.isnan(first).any() or np.isnan(second).any():
-        raise ValueError("AUC needs one score per row of both the forget and the holdout split, none of them NaN")
+        raise ValueError(
+            f"forget ({first.size}) and holdout ({second.size} scores): give one per row of both splits, none of them NaN."
+        )
     return float(_auc(first, second))
 
 
@@ -269,7 +273,7 @@ def privleak(auc: float, reference: float = 0.5) -> float:
     if reference >= 1:
         raise ValueError(
             "privleak: the AUC of the retrained model is 1, so it separates forget from holdout completely; use a "
-            "holdout of the same kind as the forget rows"
+            "holdout of the same kind as the forget rows."
         )
     return (reference - auc) / (1 - reference) * 100
 

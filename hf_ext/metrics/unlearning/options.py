@@ -37,12 +37,14 @@ def read_attacks(attacks: str | Sequence[str] | Mapping[str, Mapping[str, Any]])
     given = dict(names) if isinstance(names, Mapping) else {name: {} for name in names}
     for name, options in given.items():
         if name not in ATTACKS:
-            raise ValueError(f"attacks: {name!r} is unknown; choose from {list(ATTACKS)}")
+            raise ValueError(f"attacks: {name!r} is unknown; choose from {list(ATTACKS)}.")
         if not isinstance(options, Mapping):
-            raise ValueError(f"attacks: the options of {name!r} are {options!r}; pass a dict of {list(ATTACKS[name])}")
+            raise ValueError(
+                f"attacks: the options of {name!r} are {options!r}; pass a dict of {list(ATTACKS[name])}."
+            )
         unknown = sorted(set(options) - set(ATTACKS[name]))
         if unknown:
-            raise ValueError(f"attacks: {name!r} has no option {unknown[0]!r}; it takes {list(ATTACKS[name])}")
+            raise ValueError(f"attacks: {name!r} has no option {unknown[0]!r}; it takes {list(ATTACKS[name])}.")
         for option, value in options.items():
             check_option(option, value, f"attacks: {name!r}: ")
     return {name: {**ATTACKS[name], **options} for name, options in given.items()}
@@ -59,7 +61,7 @@ def check_option(option: str, value: Any, where: str = "") -> None:
     else:
         fits = whole(value, 1)
     if not fits:
-        raise ValueError(f"{where}{option}={value!r} must be {_RULES[option]}")
+        raise ValueError(f"{where}{option}={value!r}: give {_RULES[option]}.")
 
 
 def check_arguments(
@@ -68,11 +70,11 @@ def check_arguments(
     """Raises ValueError naming the argument of an evaluation, its value and the rule."""
     for name, value, low in (("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
         if not whole(value, low, 2**32 - 1):
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {low}")
+            raise ValueError(f"{name}={value!r}: give a whole number of at least {low}.")
     if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
-        raise ValueError(f"stop_strings={stop_strings!r} must be a list of texts that are not empty")
+        raise ValueError(f"stop_strings={stop_strings!r}: give a list of texts that are not empty.")
     if format is not None and not isinstance(format, PromptFormat):
-        raise ValueError(f"format={format!r} must be a PromptFormat")
+        raise ValueError(f"format={format!r}: give a PromptFormat.")
 
 
 def whole(value: Any, low: int, high: float = math.inf) -> bool:

@@ -42,19 +42,21 @@ def read_reference(
         if not Path(retrained).is_file():
             raise ValueError(
                 f"retrained={str(retrained)!r} is no file; pass the path of a report or of a log, or load the model "
-                "with AutoModelForCausalLM.from_pretrained and pass that"
+                "with AutoModelForCausalLM.from_pretrained and pass that."
             )
         content = json.loads(Path(retrained).read_text(encoding="utf-8"))
     if not isinstance(content, Mapping):
-        raise ValueError(f"retrained is {type(content).__name__}; pass a model, a report, or a log of metrics")
+        raise ValueError(f"retrained is {type(content).__name__}; pass a model, a report, or a log of metrics.")
     own = content.get("settings")
     logs = {name: dict(log) for name, log in content.items() if name not in _NO_LOGS and isinstance(log, Mapping)}
     if not logs:
-        raise ValueError("retrained holds no metric; pass a report saved with save(), or a TOFU_EVAL.json")
+        raise ValueError("retrained holds no metric; pass a report saved with save(), or a TOFU_EVAL.json.")
     for name, log in logs.items():
         # A metric of ours that could not be measured says why.
         if "reason" not in log and "agg_value" in log and not _is_number(log["agg_value"]):
-            raise ValueError(f"retrained: {name} has the agg_value {log['agg_value']!r}; measure it again, or drop it")
+            raise ValueError(
+                f"retrained: {name} has the agg_value {log['agg_value']!r}; measure it again, or drop it."
+            )
     if own is not None:
         _check_settings(own, settings)
     else:
@@ -93,24 +95,24 @@ def _in_order(
     if len(records) != len(rows):
         raise ValueError(
             f"retrained was evaluated on other questions: {name} has {len(records)} rows, split {split!r} {len(rows)}; "
-            "evaluate the retrained model on the same rows"
+            "evaluate the retrained model on the same rows."
         )
     keys = next((keys for keys in (ids, numbers) if set(records) == set(keys)), None)
     if keys is None:
         strange = sorted(set(records) - set(ids), key=lambda key: key in numbers)[0]
         raise ValueError(
             f"retrained was evaluated on other questions: {name} has the row {strange!r}, which is neither an id of "
-            f"split {split!r} nor all its rows numbered from 0; evaluate the retrained model on the same rows"
+            f"split {split!r} nor all its rows numbered from 0; evaluate the retrained model on the same rows."
         )
     found = {row_id: records[key] for row_id, key in zip(ids, keys, strict=True)}
     for key, record in zip(keys, found.values(), strict=True) if field is not None else ():
         if not isinstance(record, Mapping) or not all(map(_is_number, _values(record.get(field)))):
             raise ValueError(
-                f"retrained: {name} row {key!r} has no number {field!r} in {record!r}; measure it again, or drop {name}"
+                f"retrained: {name} row {key!r} has no number {field!r} in {record!r}; measure it again, or drop {name}."
             )
     lengths = {len(list(_values(record[field]))) for record in found.values()} if field is not None else set()
     if len(lengths) > 1:
-        raise ValueError(f"retrained: the rows of {name} have {sorted(lengths)} values of {field!r}; use one number")
+        raise ValueError(f"retrained: the rows of {name} have {sorted(lengths)} values of {field!r}; use one number.")
     return found
 
 
@@ -130,7 +132,7 @@ def _check_questions(log: Log, rows: Sequence[Row]) -> None:
             raise ValueError(
                 f"retrained was evaluated on other questions: it has the answer {str(truth)[:60]!r} where split "
                 f"'forget', row {row.id!r} has {row.answer[:60]!r}; evaluate the retrained model on the same rows in "
-                "the same order"
+                "the same order."
             )
 
 
@@ -140,16 +142,18 @@ def _check_settings(own: Mapping[str, Any], settings: Mapping[str, Any]) -> None
         if theirs["digest"] != mine["digest"]:
             raise ValueError(
                 f"retrained was evaluated on other rows of split {split!r} ({theirs['rows']} rows, here "
-                f"{mine['rows']}); evaluate the retrained model on the same rows in the same order"
+                f"{mine['rows']}); evaluate the retrained model on the same rows in the same order."
             )
     for name in ("format", "max_new_tokens", "stop_strings", "seed"):
         if own[name] != settings[name]:
             raise ValueError(
-                f"retrained was evaluated with {name}={own[name]!r}, not {settings[name]!r}; use the same"
+                f"retrained was evaluated with {name}={own[name]!r}, not {settings[name]!r}; use the same."
             )
     for name, options in settings["attacks"].items():
         if own["attacks"].get(name, options) != options:
-            raise ValueError(f"retrained was attacked with {name}={own['attacks'][name]}, not {options}; use the same")
+            raise ValueError(
+                f"retrained was attacked with {name}={own['attacks'][name]}, not {options}; use the same."
+            )
 
 
 def _check_score(logs: Logs) -> None:
@@ -159,5 +163,5 @@ def _check_score(logs: Logs) -> None:
     if max(record["score"] for record in logs["forget_truth_ratio"]["value_by_index"].values()) <= 1:
         raise ValueError(
             "retrained: every forget_truth_ratio score is at most 1, so it may be P(correct)/(P(correct)+P(wrong)) "
-            "instead of the ratio; use a log that also holds forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob"
+            "instead of the ratio; use a log that also holds forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob."
         )

@@ -52,7 +52,9 @@ class RelearningCurve:
             ValueError: curves with different steps.
         """
         if self.steps != other.steps:
-            raise ValueError(f"relearning curves with the steps {self.steps} and {other.steps} cannot be compared")
+            raise ValueError(
+                f"other: curves with the steps {self.steps} and {other.steps} cannot be compared; relearn with the same steps."
+            )
         return self.area(measure) - other.area(measure)
 
     def steps_to(self, level: float = 0.5, measure: str | None = None) -> float | None:

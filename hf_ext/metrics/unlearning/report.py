@@ -109,7 +109,7 @@ class UnlearningReport:
         """
         path = Path(path)
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
+            raise FileNotFoundError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first.")
         content = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
         # Opened like any other file, so that the mode is the usual one.
         new = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
@@ -132,7 +132,9 @@ class UnlearningReport:
         """
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("format_version", None) != _FORMAT_VERSION:
-            raise ValueError(f"{path} is not an unlearning report of format version {_FORMAT_VERSION}")
+            raise ValueError(
+                f"{path} is not an unlearning report of format version {_FORMAT_VERSION}; give a file that save() wrote."
+            )
         settings, findings, retrained = (content.pop(name) for name in ("settings", "findings", "retrained"))
         return cls(settings, content, retrained, findings)
 

@@ -76,24 +76,24 @@ def read_rows(rows: Iterable[Mapping[str, Any] | Row], split: str) -> list[Row]:
     """
     found = [row if isinstance(row, Row) else _row(row, split, index) for index, row in enumerate(rows)]
     if not found:
-        raise ValueError(f"split {split!r} has no rows; leave it out, or fill it")
+        raise ValueError(f"split {split!r} has no rows; leave it out, or fill it.")
     places: dict[str, int] = {}
     for index, row in enumerate(found):
         where = f"split {split!r}, row {index} (id {row.id!r})"
         if row.id in places:
             raise ValueError(
-                f"{where}: the id already belongs to row {places[row.id]}; give every row its own, or none"
+                f"{where}: the id already belongs to row {places[row.id]}; give every row its own, or none."
             )
         places[row.id] = index
         if len(row.perturbed) != len(found[0].perturbed):
             raise ValueError(
                 f"{where}: {len(row.perturbed)} perturbed answers, but row 0 has {len(found[0].perturbed)}; give "
-                "every row the same number"
+                "every row the same number."
             )
         right = {row.answer, row.paraphrase}
         same = [text for text in row.perturbed if text in right]
         if same:
-            raise ValueError(f"{where}: the perturbed answer {same[0]!r} is the right answer; replace it")
+            raise ValueError(f"{where}: the perturbed answer {same[0]!r} is the right answer; replace it.")
     return found
 
 
@@ -108,7 +108,7 @@ def refuse_overlap(rows: Sequence[Row], split: str, others: Sequence[Row], other
         if row.key in known:
             raise ValueError(
                 f"split {split!r}, row {row.id!r} is also row {known[row.key]!r} of split {other_split!r}; take it "
-                "out of one of them, or the result says nothing"
+                "out of one of them, or the result says nothing."
             )
 
 
@@ -120,12 +120,12 @@ def digest(rows: Sequence[Row]) -> str:
 
 def _row(row: Mapping[str, Any], split: str, index: int) -> Row:
     if not isinstance(row, Mapping):
-        raise ValueError(f"split {split!r}, row {index}: expected a dict, got {type(row).__name__}")
+        raise ValueError(f"split {split!r}, row {index}: this is a {type(row).__name__}; give a dict.")
     given = row.get("id")
     where = f"split {split!r}, row {index}" + (f" (id {given!r})" if given is not None else "")
     for name in ("prompt", "answer"):
         if row.get(name) is None:
-            raise ValueError(f"{where}: no {name!r} among the columns {sorted(row)}; rename the one that holds it")
+            raise ValueError(f"{where}: no {name!r} among the columns {sorted(row)}; rename the one that holds it.")
     return Row(
         id=str(index if given is None else given),
         prompt=_prompt(row["prompt"], where),
@@ -141,12 +141,14 @@ def _prompt(value: Any, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{where}: prompt={value!r} must be a string or a list of messages")
+        raise ValueError(f"{where}: prompt={value!r}: give a string or a list of messages.")
     for turn in value:
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: the message {turn!r} of the prompt must have the strings 'role' and 'content'")
+            raise ValueError(
+                f"{where}: the message {turn!r} of the prompt lacks one of the strings 'role' and 'content'; give both."
+            )
     if value[-1]["role"] != "user":
-        raise ValueError(f"{where}: the prompt ends with the role {value[-1]['role']!r}; it must end with the user")
+        raise ValueError(f"{where}: the prompt ends with the role {value[-1]['role']!r}; end it with the user.")
     return tuple(dict(turn) for turn in value)
 
 

@@ -141,7 +141,7 @@ class RowEncoder:
         else:
             prompt_ids, answer_ids, closing = self._rendered_pair(turns, answer)
         if not prompt_ids:
-            raise ValueError("the prompt has no token; write a prompt, or use a tokenizer that puts BOS in front")
+            raise ValueError("the prompt has no token; write a prompt, or use a tokenizer that puts BOS in front.")
         return prompt_ids, answer_ids + closing, len(closing)
 
     def _plain_pair(self, prompt: str, answer: str) -> tuple[list[int], list[int], list[int]]:
@@ -149,7 +149,7 @@ class RowEncoder:
         if prompt != prompt.rstrip() and self.format.separator[:1].isspace():
             raise ValueError(
                 f"the prompt {prompt[-20:]!r} ends in white space and the separator adds more; strip the prompt, or "
-                "pass format=PromptFormat(separator='')"
+                "pass format=PromptFormat(separator='')."
             )
         return *self._plain.pair(prompt, answer), self._eos()
 
@@ -164,7 +164,7 @@ class RowEncoder:
         if self._closed(turns, answer) != lead + answer + tail:
             raise ValueError(
                 f"the chat template changes the answer {answer[:60]!r}, so that it cannot be found in the conversation; "
-                "change the answer, or the template"
+                "change the answer, or the template."
             )
         spoken = self._ids(lead + answer)
         start = min(_shared(self._ids(lead), spoken), len(spoken) - 1)
@@ -282,7 +282,7 @@ def encoded_answers(encoder: RowEncoder, row: Row, split: str, context: int) -> 
         if len(prompt_ids) + len(answer_ids) > context:
             raise ValueError(
                 f"split {split!r}, row {row.id!r}: {len(prompt_ids)} prompt and {len(answer_ids)} answer tokens do "
-                f"not fit into the context of {context}; shorten the row"
+                f"not fit into the context of {context}; shorten the row."
             )
         found.append(((tuple(prompt_ids), tuple(answer_ids)), closing))
     return found

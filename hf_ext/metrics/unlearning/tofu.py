@@ -38,7 +38,7 @@ def load_tofu(
     if forget not in FORGET_SPLITS:
         raise ValueError(f"forget={forget!r} is no split of TOFU: choose one of {', '.join(FORGET_SPLITS)}.")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1; leave it out for all rows.")
+        raise ValueError(f"limit={limit}: give at least 1; leave it out for all rows.")
     holdout = forget.replace("forget", "holdout")
     names = {
         "forget": f"{forget}_perturbed",

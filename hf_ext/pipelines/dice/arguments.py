@@ -21,7 +21,7 @@ def strength(name: str, value: Strength, count: int) -> float | Tensor:
     """
     found = torch.as_tensor(value, dtype=torch.float32)
     if not (found.isfinite() & (found >= 0)).all():
-        raise ValueError(f"{name}={value} must be finite and not negative.")
+        raise ValueError(f"{name}={value}: give a finite number >= 0.")
     if found.ndim == 0:
         return float(found)
     if found.ndim > 2 or (found.ndim == 2 and found.shape[1] != count):

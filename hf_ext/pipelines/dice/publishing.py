@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffusers.loaders import PeftAdapterMixin as ModelOfDiffusers
 from huggingface_hub import create_repo, upload_folder
+from transformers.integrations import PeftAdapterMixin as ModelOfTransformers
 
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr")
 
@@ -35,8 +37,8 @@ class Published:
                 raise ValueError(
                     f"{name} is a {kind.__name__}, which diffusers does not save: set pipeline.{name} = pipeline.{name}.merge_and_unload() first, or save the adapter on its own."
                 )
-            # Models of transformers and of diffusers alike say so.
-            if getattr(component, "_hf_peft_config_loaded", False):
+            # The public methods of both libraries raise where there are none.
+            if isinstance(component, ModelOfTransformers | ModelOfDiffusers) and component._hf_peft_config_loaded:
                 raise ValueError(
                     f"{name} has adapters, which would be saved in the place of its weights: call pipeline.{name}.delete_adapter(...) first, and save the adapters on their own."
                 )

@@ -90,26 +90,22 @@ class DiceSettings:
             object.__setattr__(self, name, float(getattr(self, name)))
         least = 2 if self.convention == "paella" else 1
         if self.num_inference_steps != int(self.num_inference_steps) or self.num_inference_steps < least:
-            raise ValueError(
-                f"num_inference_steps={self.num_inference_steps} must be a whole number, at least {least}."
-            )
+            raise ValueError(f"num_inference_steps={self.num_inference_steps}: give a whole number, at least {least}.")
         if not 0 < self.tau <= 1:
-            raise ValueError(f"tau={self.tau} must be in (0, 1]: the share of noise in the last state.")
+            raise ValueError(f"tau={self.tau}: give a number in (0, 1]: the share of noise in the last state.")
         object.__setattr__(self, "num_inference_steps", int(self.num_inference_steps))
         one_of("mask_schedule", self.mask_schedule, MASK_SCHEDULES)
         one_of("anchor", self.anchor, ANCHORS)
         one_of("convention", self.convention, CONVENTIONS)
         object.__setattr__(self, "temperatures", tuple(map(float, self.temperatures)))
         if len(self.temperatures) != 2 or not all(0 < each < math.inf for each in self.temperatures):
-            raise ValueError(f"temperatures={self.temperatures} must be two positive numbers.")
+            raise ValueError(f"temperatures={self.temperatures}: give two positive numbers.")
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} must be finite and not negative; 1 is no guidance."
-            )
+            raise ValueError(f"guidance_scale={self.guidance_scale}: give a finite number >= 0; 1 is no guidance.")
         if self.anchor_floor is not None and not -math.inf < self.anchor_floor < 0:
-            raise ValueError(f"anchor_floor={self.anchor_floor} must be a negative number.")
+            raise ValueError(f"anchor_floor={self.anchor_floor}: give a negative number.")
         if not 0 < self.truncation_rate <= 1:
-            raise ValueError(f"truncation_rate={self.truncation_rate} must be in (0, 1].")
+            raise ValueError(f"truncation_rate={self.truncation_rate}: give a number in (0, 1].")
 
     @property
     def guided(self) -> bool:

@@ -80,7 +80,7 @@ class RagPrompts:
             text = self.__dict__[name]
             missing = [wanted for wanted in names if "{" + wanted + "}" not in text]
             if missing:
-                raise ValueError(f"{name}={text!r:.80} lacks {{{missing[0]}}}.")
+                raise ValueError(f"{name}={text!r:.80} lacks {{{missing[0]}}}; put it in.")
         if not self.marker.strip():
             raise ValueError(f"marker={self.marker!r}: give a text that stands before the answer.")
 
@@ -149,9 +149,9 @@ class RagPrompts:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `rag_config.json`."""
-        path = Path(folder) / CONFIG_FILE
+        path = Path(save_directory) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -167,12 +167,14 @@ class RagPrompts:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {entry.name for entry in fields(cls)}
         if not isinstance(content, dict):
-            raise ValueError(f"{path}: {str(content)[:40]!r} is no object.")
+            raise ValueError(f"{path}: {str(content)[:40]!r} is no object; give one with the fields of RagPrompts.")
         right = all(
             isinstance(value, dict if name == "chat_template_kwargs" else str) for name, value in content.items()
         )
         if not content.keys() <= known or not right:
-            raise ValueError(f"{path}: fields {sorted(content.keys() - known)} are unknown, or a value is no text.")
+            raise ValueError(
+                f"{path}: fields {sorted(content.keys() - known)} are unknown, or a value is no text; known: {sorted(known)}."
+            )
         return cls(**content)
 
 

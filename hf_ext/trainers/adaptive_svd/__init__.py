@@ -11,7 +11,7 @@ from hf_ext._lazy import lazy_attributes
 _LAZY = {
     "AdaptiveSVDConfig": ".config",
     "AdaptiveSVDTrainer": ".trainer",
-    "ContinualTask": "hf_ext.trainers.task_sequence",
+    "ContinualTask": "hf_ext.trainers.tasks",
     "SubspaceAdamW": ".optimizer",
 }
 __all__ = sorted(_LAZY)

@@ -99,9 +99,9 @@ class AdaptiveSVDConfig(SFTConfig):
                 "lower it."
             )
         if self.importance_rows < 1:
-            raise ValueError(f"importance_rows={self.importance_rows} must be at least 1.")
+            raise ValueError(f"importance_rows={self.importance_rows}: give at least 1.")
         if not self.unprotected_lr_scale >= 0:
-            raise ValueError(f"unprotected_lr_scale={self.unprotected_lr_scale} must be at least 0.")
+            raise ValueError(f"unprotected_lr_scale={self.unprotected_lr_scale}: give at least 0.")
         super().__post_init__()
         if self.optim not in _ADAMW:
             raise ValueError(

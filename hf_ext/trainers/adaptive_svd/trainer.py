@@ -33,7 +33,8 @@ from hf_ext.trainers.adaptive_svd.subspace import Subspace, drift, protect, sing
 from hf_ext.trainers.adaptive_svd.taps import tap
 from hf_ext.trainers.adaptive_svd.targets import Layer, find_targets, observe
 from hf_ext.trainers.runs import arguments_of
-from hf_ext.trainers.task_sequence import ContinualTask, TaskSequenceTrainer
+from hf_ext.trainers.task_sequence import TaskSequenceTrainer
+from hf_ext.trainers.tasks import ContinualTask
 
 SUBSPACE_FILE = "subspace.safetensors"
 

@@ -220,7 +220,7 @@ class UnlearnConfig(DPOConfig):
                 why = "FLAT, which is reference-free: leave it at its default"
             else:
                 why = f"{self.loss_type}: use loss_kwargs for the numbers of the method"
-            raise ValueError(f"`{name}` has no effect on {why}.")
+            raise ValueError(f"{name}={getattr(self, name)!r} has no effect on {why}.")
         if self.method.reference != "sums" and self._changed(("precompute_ref_batch_size",)):
             raise ValueError(
                 f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no effect on {self.loss_type}, which "
@@ -238,12 +238,12 @@ class UnlearnConfig(DPOConfig):
         if self.loss_type != "flat":
             for name in self._changed(_FLAT_ONLY):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} belongs to flat and has no effect on {self.loss_type}."
+                    f"{name}={getattr(self, name)!r} belongs to flat and has no effect on {self.loss_type}: leave it out."
                 )
         if not self.method.template:
             for name in self._changed(_TEMPLATES_ONLY):
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect on {self.loss_type}, which uses no refusals."
+                    f"{name}={getattr(self, name)!r} has no effect on {self.loss_type}, which uses no refusals: leave it out."
                 )
         get_divergence(self.divergence)
         for name in ("template_probability", "forget_probability"):
@@ -262,7 +262,9 @@ class UnlearnConfig(DPOConfig):
         if self.retain_loss not in ("nll", "kl"):
             raise ValueError(f"retain_loss={self.retain_loss!r} is unknown: choose one of nll, kl.")
         if self.loss_type == "rmu" and self.retain_loss != "nll":
-            raise ValueError("retain_loss has no effect on rmu, whose retain term compares activations.")
+            raise ValueError(
+                f"retain_loss={self.retain_loss!r} has no effect on rmu, whose retain term compares activations: leave it out."
+            )
         if self.padded_length is not None:
             self._check_padded_length(self.padded_length)
 

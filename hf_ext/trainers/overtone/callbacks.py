@@ -46,7 +46,7 @@ class OvertoneSaturationCallback(TrainerCallback):
         min_steps: int = 0,
     ) -> None:
         if patience is not None and patience < 1:
-            raise ValueError(f"patience={patience} must be at least 1 step, or None for the steps of one epoch.")
+            raise ValueError(f"patience={patience}: give at least 1 step, or None for the steps of one epoch.")
         self.statistics, self.stop, self.skip, self.patience = statistics, stop, skip, patience
         self.min_steps = min_steps
         self.saturated_steps = 0
@@ -117,7 +117,7 @@ class OvertoneCurveCallback(TrainerCallback):
 
     def __init__(self, statistics: OvertoneStatistics, positions: int = 32) -> None:
         if positions < 1:
-            raise ValueError(f"positions={positions} must be at least 1 answer position.")
+            raise ValueError(f"positions={positions}: give at least 1 answer position.")
         self.statistics = statistics
         statistics.positions = positions
         self.steps: list[int] = []

@@ -102,7 +102,7 @@ class OvertoneConfig(SFTConfig):
         self.overtone_settings()
         if self.saturation_patience is not None and self.saturation_patience < 1:
             raise ValueError(
-                f"saturation_patience={self.saturation_patience} must be at least 1 optimizer step, or None for the steps "
+                f"saturation_patience={self.saturation_patience}: give at least 1 optimizer step, or None for the steps "
                 "of one epoch."
             )
         if self.saturation_min_steps < 0:

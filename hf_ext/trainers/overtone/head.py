@@ -22,7 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from hf_ext._compat import fused_lm_head_output, gathered_lm_head
 from hf_ext.trainers.output_layer import logit_transform, remember_forward
 from hf_ext.trainers.overtone.chunked import overtone_from_hidden
-from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, check_labels
+from hf_ext.trainers.overtone.loss import IGNORE_INDEX, OvertoneSettings, TokenLosses, check_labels
 from hf_ext.trainers.overtone.statistics import OvertoneStatistics
 
 
@@ -43,20 +43,9 @@ def add_overtone_head(
     Raises:
         ValueError: the head's weight is quantised, which the loss cannot read, or smaller than `valid_vocab_size`.
     """
-    head_dtype = model.get_output_embeddings().weight.dtype
-    if not head_dtype.is_floating_point or head_dtype.itemsize < 2:
-        raise ValueError(
-            f"the language-model head is stored as {head_dtype}, and the loss multiplies with its weight directly: leave "
-            "the head out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])."
-        )
-    stock_forward = model.forward
     text_config = model.config.get_text_config()
-    if settings.valid_vocab_size is not None and settings.valid_vocab_size > text_config.vocab_size:
-        raise ValueError(
-            f"valid_vocab_size={settings.valid_vocab_size} exceeds the model's vocabulary of {text_config.vocab_size} tokens: "
-            "give the number of tokens that the tokenizer really has."
-        )
-    logit_scale, softcap = logit_transform(model.config)
+    _check_head(model, settings, text_config.vocab_size)
+    stock_forward, transform = model.forward, logit_transform(model.config)
 
     # `generate` checks its arguments against the signature of the forward, so the class's own is kept.
     @functools.wraps(type(model).forward)
@@ -87,25 +76,9 @@ def add_overtone_head(
         hidden = backbone_outputs.last_hidden_state
         if shift_labels is None:
             hidden = hidden[:, :-1]
-        # Looked up on each call: FSDP and PEFT replace the head after it was patched.
-        head = self.get_output_embeddings()
-        weight, bias = head.weight, head.bias
         # A model split by `device_map` can end on another device than its head.
-        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-        gather = functools.partial(gathered_lm_head, weight, bias)
-        if isinstance(weight, DTensor):
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        with gather():
-            losses = overtone_from_hidden(
-                hidden,
-                weight,
-                bias,
-                targets,
-                settings,
-                logit_scale=logit_scale,
-                final_logit_softcapping=softcap,
-                gather=gather,
-            )
+        targets = targets.to(self.get_output_embeddings().weight.device)
+        losses = _token_losses(self, hidden, targets, settings, transform)
         labelled = targets != IGNORE_INDEX
         if losses.loss.requires_grad:
             statistics.record(losses, labelled)
@@ -129,3 +102,45 @@ def add_overtone_head(
 
     model.forward = types.MethodType(overtone_forward, model)
     remember_forward(model, before)
+
+
+def _check_head(model: PreTrainedModel, settings: OvertoneSettings, vocab_size: int) -> None:
+    dtype = model.get_output_embeddings().weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"the language-model head is stored as {dtype}, and the loss multiplies with its weight directly: leave "
+            "the head out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])."
+        )
+    if settings.valid_vocab_size is not None and settings.valid_vocab_size > vocab_size:
+        raise ValueError(
+            f"valid_vocab_size={settings.valid_vocab_size} exceeds the model's vocabulary of {vocab_size} tokens: "
+            "give the number of tokens that the tokenizer really has."
+        )
+
+
+def _token_losses(
+    model: PreTrainedModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    settings: OvertoneSettings,
+    transform: tuple[float, float | None],
+) -> TokenLosses:
+    """The loss of the model's head on hidden states [..., H] and targets [...] that lie on the head's device."""
+    # Looked up on each call: FSDP and PEFT replace the head after it was patched.
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    gather = functools.partial(gathered_lm_head, weight, bias)
+    if isinstance(weight, DTensor):
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    logit_scale, softcap = transform
+    with gather():
+        return overtone_from_hidden(
+            hidden.to(weight.device),
+            weight,
+            bias,
+            targets,
+            settings,
+            logit_scale=logit_scale,
+            final_logit_softcapping=softcap,
+            gather=gather,
+        )

@@ -72,7 +72,7 @@ class OvertoneSettings:
             )
         if self.valid_vocab_size is not None and self.valid_vocab_size < 1:
             raise ValueError(
-                f"valid_vocab_size={self.valid_vocab_size} must be a positive number of tokens, or None for all of them."
+                f"valid_vocab_size={self.valid_vocab_size}: give a positive number of tokens, or None for all of them."
             )
 
 

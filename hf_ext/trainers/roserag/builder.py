@@ -48,6 +48,19 @@ def _name(identity: str) -> str:
     return identity.partition("@")[0]
 
 
+def _check_numbers(n_hinted: int, n_unhinted: int, n_docs: int, batch_size: int) -> None:
+    for name, value, least in (
+        ("n_hinted", n_hinted, 0),
+        ("n_unhinted", n_unhinted, 0),
+        ("n_docs", n_docs, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value!r}: give at least {least}.")
+    if n_hinted + n_unhinted < 2:
+        raise ValueError(f"n_hinted={n_hinted}, n_unhinted={n_unhinted}: a pair needs at least two responses.")
+
+
 class RoseRAGDatasetBuilder:
     """Builds preference data for `RoseRAGTrainer` from questions and passages: pairs of responses that the model wrote itself.
 
@@ -93,19 +106,10 @@ class RoseRAGDatasetBuilder:
         batch_size: int = 8,
         cache_dir: str | Path | None = None,
     ) -> None:
-        for name, value, least in (
-            ("n_hinted", n_hinted, 0),
-            ("n_unhinted", n_unhinted, 0),
-            ("n_docs", n_docs, 1),
-            ("batch_size", batch_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value!r}: give at least {least}.")
-        if n_hinted + n_unhinted < 2:
-            raise ValueError(f"n_hinted={n_hinted}, n_unhinted={n_unhinted}: a pair needs at least two responses.")
+        _check_numbers(n_hinted=n_hinted, n_unhinted=n_unhinted, n_docs=n_docs, batch_size=batch_size)
         names = [condition.name for condition in noise or ()]
         if noise is not None and len(set(names)) < max(len(names), 1):
-            raise ValueError(f"noise: {names} must be at least one condition, each once.")
+            raise ValueError(f"noise: {names}: give at least one condition, each once.")
         if noise is not None and retriever is not None:
             raise ValueError(
                 "noise: its conditions take the passages of the questions, and a retriever would not be asked; leave one out."

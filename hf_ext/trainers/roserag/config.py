@@ -98,7 +98,9 @@ class RoseRAGConfig(DPOConfig):
         if self.nll_weight is not None and not (math.isfinite(self.nll_weight) and self.nll_weight >= 0):
             raise ValueError(f"nll_weight={self.nll_weight!r}: give a finite number >= 0.")
         if self.nll_weight and self.nll_normalization == "none":
-            raise ValueError(f"nll_weight={self.nll_weight!r} has no effect with nll_normalization='none'.")
+            raise ValueError(
+                f"nll_weight={self.nll_weight!r} has no effect with nll_normalization='none': leave one out."
+            )
         if self.own_losses and (self.ld_alpha is not None or self.use_weighting):
             raise ValueError(
                 f"ld_alpha and use_weighting are for TRL's own losses, and {list(self.own_losses)} would ignore them: leave them out."

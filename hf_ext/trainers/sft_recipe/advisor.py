@@ -59,7 +59,7 @@ class SweepAdvisor(TrainerCallback, ExportableState):
         greater_is_better: bool = False,
     ) -> None:
         if window < 1:
-            raise ValueError(f"window={window} must be at least 1 logged step.")
+            raise ValueError(f"window={window}: give at least 1 logged step.")
         self.ledger, self.run, self.window = Path(ledger), run, window
         self.metric, self.greater_is_better = metric, greater_is_better
         self.advice: str | None = None

@@ -92,7 +92,7 @@ def plan_batch(effective: int, world_size: int, per_device: int) -> tuple[int, i
     """
     for name, value in (("effective", effective), ("world_size", world_size), ("per_device", per_device)):
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+            raise ValueError(f"{name}={value}: give at least 1.")
     if effective % world_size:
         near = sorted({max(effective // world_size, 1) * world_size, -(-effective // world_size) * world_size})
         raise ValueError(

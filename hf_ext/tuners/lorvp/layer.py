@@ -5,6 +5,7 @@ A convolution is linear: conv(x + P) = conv(x) + conv(P) without bias, and the s
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,9 +39,9 @@ class LorVpLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
+    @abstractmethod
     def names(self) -> set[str]:
         """Of the adapters that the layer has."""
-        raise NotImplementedError
 
     def present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.names()]

@@ -125,19 +125,19 @@ class LabelMappingCallback(TrainerCallback):
     `trainer.state.log_history` gets `label_map/agreement`, the share of pictures whose most probable source class is that of their class, and `label_map/gain`, by how much that is above the greedy map.
 
     Args:
-        every (`int`, *optional*): epochs between two fits. Default 1; None fits once, at the start (FLM).
+        every_n_epochs (`int`, *optional*): epochs between two fits. Default 1; None fits once, at the start (FLM).
         assignment (`str`): see [`fit_label_map`].
 
     Raises:
-        ValueError: `every` or `assignment` is out of its range; when training begins, no active adapter has a label map.
+        ValueError: `every_n_epochs` or `assignment` is out of its range; when training begins, no active adapter has a label map.
     """
 
-    def __init__(self, every: int | None = 1, assignment: str = "optimal") -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every!r}: give a positive number of epochs, or None for one fit at the start.")
+    def __init__(self, every_n_epochs: int | None = 1, assignment: str = "optimal") -> None:
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs!r}: give at least 1, or None for one fit at the start.")
         if assignment not in ASSIGNMENTS:
             raise ValueError(f"assignment={assignment!r}: choose one of {', '.join(map(repr, ASSIGNMENTS))}.")
-        self.every, self.assignment = every, assignment
+        self.every_n_epochs, self.assignment = every_n_epochs, assignment
         self.fitted: LabelMap | None = None
         self._epochs = 0
 
@@ -153,7 +153,7 @@ class LabelMappingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epochs += 1
-        if self.every is not None and self._epochs % self.every == 0:
+        if self.every_n_epochs is not None and self._epochs % self.every_n_epochs == 0:
             self._fit(args, kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -154,11 +154,13 @@ class SparsePatch:
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
-                    raise ValueError(f"{os.fspath(path)} is not a sparse patch.")
+                    raise ValueError(
+                        f"{os.fspath(path)} is not a sparse patch: give a file that SparsePatch.save wrote."
+                    )
                 shapes = json.loads(file.metadata()["shapes"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} is damaged: {error}.") from error
+            raise ValueError(f"{os.fspath(path)} is damaged ({error}): write it again.") from error
         return cls(
             {
                 name: PatchEntry(

@@ -60,7 +60,9 @@ class RoseLoraState:
                 )
             setattr(line, name, None if value is None else pruning.shard(value.to(parameter.device), parameter))
         if tensors:
-            raise ValueError(f"the RoseLoRA state holds {next(iter(tensors))}, which this model has not.")
+            raise ValueError(
+                f"the RoseLoRA state holds {next(iter(tensors))}, which this model has not; load the checkpoint that belongs to it."
+            )
         for adapter, schedule in schedules.items():
             schedule.restart(steps[adapter])
 

@@ -44,12 +44,12 @@ _KINDS: dict[type[PeftConfig], type[PeftConfig]] = {
 _PLAIN = {bayesian: plain for plain, bayesian in _KINDS.items()}
 
 
-def store(model: PeftModel, adapter: str, posterior: dict[str, Any]) -> None:
+def store(model: PeftModel, adapter_name: str, posterior: dict[str, Any]) -> None:
     """Keep what was fitted in the configuration of an adapter, from where `save_pretrained` and `push_to_hub` write it."""
-    config: Any = without_posterior(model.peft_config[adapter])
+    config: Any = without_posterior(model.peft_config[adapter_name])
     config.__class__ = _KINDS[type(config)]
     config.bayesian_lora = posterior
-    model.peft_config[adapter] = config
+    model.peft_config[adapter_name] = config
 
 
 def without_posterior(config: PeftConfig) -> PeftConfig:
@@ -61,31 +61,31 @@ def without_posterior(config: PeftConfig) -> PeftConfig:
     return plain
 
 
-def check_kind(model: PeftModel, adapter: str) -> None:
+def check_kind(model: PeftModel, adapter_name: str) -> None:
     """
     Raises:
         ValueError: the model has no such adapter, or not one of LoRA.
     """
-    if adapter not in model.peft_config:
-        raise ValueError(f"adapter={adapter!r}: the model has {sorted(model.peft_config)}.")
-    kind = type(model.peft_config[adapter])
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has {sorted(model.peft_config)}.")
+    kind = type(model.peft_config[adapter_name])
     if kind not in {**_KINDS, **_PLAIN}:
         raise ValueError(
-            f"adapter={adapter!r}: it is of the type {kind.__name__}; a posterior is for LoRA and RoseLoRA."
+            f"adapter_name={adapter_name!r}: it is of the type {kind.__name__}; a posterior is for LoRA and RoseLoRA."
         )
 
 
-def fitted(model: PeftModel, adapter: str, needed: bool) -> dict[str, Any]:
+def fitted(model: PeftModel, adapter_name: str, needed: bool) -> dict[str, Any]:
     """What is stored for an adapter; empty if nothing is and nothing is needed.
 
     Raises:
         ValueError: something is needed, and nothing is stored.
     """
-    check_kind(model, adapter)
-    stored = vars(model.peft_config[adapter]).get(FIELD)
+    check_kind(model, adapter_name)
+    stored = vars(model.peft_config[adapter_name]).get(FIELD)
     if stored is None and needed:
         raise ValueError(
-            f"adapter={adapter!r}: no posterior is stored with it. Fit one with bayesianize, load it with load_bayesian, or give sigma."
+            f"adapter_name={adapter_name!r}: no posterior is stored with it. Fit one with bayesianize, load it with load_bayesian, or give sigma."
         )
     return stored or {}
 

@@ -103,7 +103,7 @@ def bayesianize(
     sigma_bracket: tuple[float, float] = (1e-4, 1.0),
     max_iters: int = 16,
     targets: str = "all",
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     seed: int = 0,
     rtol: float = _RTOL,
     anchor_id: str | None = None,
@@ -126,7 +126,7 @@ def bayesianize(
         sigma_bracket: smallest and largest size that is tried.
         max_iters: evaluations of the anchor at most.
         targets: layers that get noise: "all", "last", or a regular expression for their names.
-        adapter: default: the active one.
+        adapter_name: default: the active one.
         seed: of the draws.
         rtol: directions of B whose singular value is at most this share of the largest get no noise.
         anchor_id: what the anchor is called, for the record, such as the id of a dataset.
@@ -138,14 +138,9 @@ def bayesianize(
     Raises:
         ValueError: an argument is out of its range, the anchor is empty, labels do not match, or the adapter cannot have noise.
     """
-    adapter = adapter_of(model, adapter)
-    check_kind(model, adapter)
-    name, change_of = (criterion, CRITERIA.get(criterion)) if isinstance(criterion, str) else ("own", criterion)
-    if change_of is None:
-        raise ValueError(f"criterion={name!r}: choose one of {', '.join(map(repr, CRITERIA))}, or give a function.")
-    tolerance = _TOLERANCES.get(name) if tolerance is None else tolerance
-    if tolerance is None or not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance!r}: give the largest change of {name!r} that is accepted, above 0.")
+    adapter_name = adapter_of(model, adapter_name)
+    check_kind(model, adapter_name)
+    name, change_of, tolerance = _judge(criterion, tolerance)
     low, high = sigma_bracket
     if not 0 < low < high:
         raise ValueError(
@@ -154,12 +149,14 @@ def bayesianize(
     if max_iters < 1:
         raise ValueError(f"max_iters={max_iters}: give at least one evaluation.")
     batches = list(anchor)
-    layers = noisy_layers(model, adapter, targets)
-    with posterior(model, 1, adapter=adapter, sigma=0.0):
+    layers = noisy_layers(model, adapter_name, targets)
+    with posterior(model, 1, adapter_name=adapter_name, sigma=0.0):
         alone = _predicted(model, batches, classes)
     known = _labels(batches, labels, alone)
 
-    with posterior(model, n_samples, seed=seed, adapter=adapter, sigma=low, targets=targets, rtol=rtol) as opened:
+    with posterior(
+        model, n_samples, seed=seed, adapter_name=adapter_name, sigma=low, targets=targets, rtol=rtol
+    ) as opened:
 
         def change(sigma: float) -> float:
             opened.resize(sigma)
@@ -185,8 +182,23 @@ def bayesianize(
             "trace": [asdict(trial) for trial in search.trials],
             "fitted_with": {package: version(package) for package in ("hf-ext", "peft", "torch")},
         }
-        store(model, adapter, posterior_of)
+        store(model, adapter_name, posterior_of)
     return TFBResult(search.sigma, search, name, tolerance, alone, tuple(layers))
+
+
+def _judge(criterion: str | Criterion, tolerance: float | None) -> tuple[str, Criterion, float]:
+    """The name of a criterion, its function, and the change that is accepted.
+
+    Raises:
+        ValueError: there is no such criterion, or no tolerance for it.
+    """
+    name, change_of = (criterion, CRITERIA.get(criterion)) if isinstance(criterion, str) else ("own", criterion)
+    if change_of is None:
+        raise ValueError(f"criterion={name!r}: choose one of {', '.join(map(repr, CRITERIA))}, or give a function.")
+    tolerance = _TOLERANCES.get(name) if tolerance is None else tolerance
+    if tolerance is None or not tolerance > 0:
+        raise ValueError(f"tolerance={tolerance!r}: give the largest change of {name!r} that is accepted, above 0.")
+    return name, change_of, tolerance
 
 
 def _predicted(

@@ -54,7 +54,7 @@ def generate_with_uncertainty(
     n_samples: int = 10,
     *,
     seed: int = 0,
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     sigma: float | None = None,
     targets: str | None = None,
     **generate: Any,
@@ -62,7 +62,7 @@ def generate_with_uncertainty(
     """Let the adapter write as always, and read what it wrote with `n_samples` draws of it, each of which sees one forward pass per row.
 
     Args:
-        model: a decoder in eval mode with a posterior; see [`posterior`], also for `seed`, `adapter`, `sigma` and `targets`.
+        model: a decoder in eval mode with a posterior; see [`posterior`], also for `seed`, `adapter_name`, `sigma` and `targets`.
         inputs: `input_ids` and, for prompts of several lengths, `attention_mask`; padded on the left.
         generate: for `model.generate`, such as `max_new_tokens`.
 
@@ -78,7 +78,7 @@ def generate_with_uncertainty(
     seen = inputs.get("attention_mask", torch.ones_like(prompts)).bool()
     if not seen[:, -1].all():
         raise ValueError("attention_mask: a prompt ends in padding; pad on the left.")
-    with posterior(model, 1, adapter=adapter, sigma=0.0):
+    with posterior(model, 1, adapter_name=adapter_name, sigma=0.0):
         sequences = model.generate(**inputs, **generate)
     new = sequences[:, prompts.shape[1] :]
     mask = _until_end(new, _ends(model, generate))
@@ -86,7 +86,7 @@ def generate_with_uncertainty(
         name: [] for name in ("log_probs", "entropy", "expected_entropy", "token_agreement")
     }
     agreement = []
-    with posterior(model, n_samples, seed=seed, adapter=adapter, sigma=sigma, targets=targets) as opened:
+    with posterior(model, n_samples, seed=seed, adapter_name=adapter_name, sigma=sigma, targets=targets) as opened:
         # Row by row, since logits are the largest thing there is.
         for row, prompt in enumerate(prompts):
             tokens = new[row][mask[row]]

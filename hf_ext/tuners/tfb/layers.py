@@ -17,7 +17,7 @@ from hf_ext.tuners.tfb.reference import noise_map
 _SAMPLED = {"Linear", "Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear"}
 
 
-def noisy_layers(model: nn.Module, adapter: str, targets: str = "all") -> dict[str, LoraLayer]:
+def noisy_layers(model: nn.Module, adapter_name: str, targets: str = "all") -> dict[str, LoraLayer]:
     """Layers of an adapter by name, in the order of the model.
 
     Args:
@@ -29,11 +29,11 @@ def noisy_layers(model: nn.Module, adapter: str, targets: str = "all") -> dict[s
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in {**module.lora_A, **module.lora_embedding_A}
+        if isinstance(module, LoraLayer) and adapter_name in {**module.lora_A, **module.lora_embedding_A}
     }
     if not layers:
         raise ValueError(
-            f"adapter={adapter!r}: the model has no LoRA layer of that name; give a model with a LoRA adapter."
+            f"adapter_name={adapter_name!r}: the model has no LoRA layer of that name; give a model with a LoRA adapter."
         )
     if targets == "last":
         name = next(reversed(layers))
@@ -46,11 +46,11 @@ def noisy_layers(model: nn.Module, adapter: str, targets: str = "all") -> dict[s
             )
         layers = chosen
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter)
+        _check_layer(name, layer, adapter_name)
     return layers
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
     """
     Raises:
         ValueError: the layer is not one whose inner activations could get noise.
@@ -64,14 +64,14 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
             f"{name!r} is a layer of an expert, where tokens of different samples are mixed: {remedy}, or use n_samples=1."
         )
     known = any(base.__name__ in _SAMPLED and base.__module__.startswith("peft.") for base in type(layer).__mro__)
-    linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
+    linear = adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
     if not (known and linear):
         raise ValueError(
             f"{name!r} is a LoRA layer of type {kind}: noise is for linear layers, quantised or not; {remedy}."
         )
-    if adapter in layer.lora_variant:
+    if adapter_name in layer.lora_variant:
         raise ValueError(
-            f"{name!r} is LoRA of another kind ({type(layer.lora_variant[adapter]).__name__}): noise is for plain LoRA; {remedy}."
+            f"{name!r} is LoRA of another kind ({type(layer.lora_variant[adapter_name]).__name__}): noise is for plain LoRA; {remedy}."
         )
 
 
@@ -88,10 +88,10 @@ class Draws:
         map_RR: `V diag(1 / d)`, float32.
     """
 
-    def __init__(self, name: str, layer: LoraLayer, adapter: str, rtol: float) -> None:
+    def __init__(self, name: str, layer: LoraLayer, adapter_name: str, rtol: float) -> None:
         self.name = name
         self.a_RM, self.b_NR = (
-            cast(Tensor, factors[adapter].weight).detach() for factors in (layer.lora_A, layer.lora_B)
+            cast(Tensor, factors[adapter_name].weight).detach() for factors in (layer.lora_A, layer.lora_B)
         )
         self.map_RR = noise_map(self.b_NR, rtol).float()
 
@@ -109,7 +109,7 @@ class Draws:
         )
 
 
-def adapter_of(model: Any, adapter: str | None) -> str:
+def adapter_of(model: Any, adapter_name: str | None) -> str:
     """The adapter that is meant: the active one unless another is named.
 
     Raises:
@@ -117,9 +117,9 @@ def adapter_of(model: Any, adapter: str | None) -> str:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"model of type {type(model).__name__}: give a PeftModel, as get_peft_model makes it.")
-    if adapter is not None:
-        return adapter
+    if adapter_name is not None:
+        return adapter_name
     active = [model.active_adapter] if isinstance(model.active_adapter, str) else list(model.active_adapter)
     if len(active) != 1:
-        raise ValueError(f"adapter: {active} are active; say which of them.")
+        raise ValueError(f"adapter_name: {active} are active; say which of them.")
     return active[0]

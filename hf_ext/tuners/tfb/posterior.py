@@ -117,7 +117,7 @@ def posterior(
     *,
     seed: int = 0,
     sampler: str = "coherent",
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     sigma: float | None = None,
     targets: str | None = None,
     rtol: float | None = None,
@@ -135,7 +135,7 @@ def posterior(
         sampler: "coherent", one adapter per sample for all tokens and calls, also with a cache; "flipout", other signs for each token, as in the
             authors' code; "local", noise on the inner activations of each token, exact for one token alone. The last two change
             the noise with every call.
-        adapter: default: the active one.
+        adapter_name: default: the active one.
         sigma, targets, rtol: size of the noise, layers that get it, and see [`bayesianize`]; default: what that has stored.
         first_sample: number of the first sample, for the sampler "coherent".
 
@@ -149,24 +149,26 @@ def posterior(
         raise ValueError(f"n_samples={n_samples}: draw at least one.")
     if model.training:
         raise ValueError("the model is in training mode, where dropout would be drawn too: call model.eval() first.")
-    adapter = adapter_of(model, adapter)
-    stored = fitted(model, adapter, needed=sigma is None)
-    if adapter not in model.active_adapters:
-        raise ValueError(f"adapter={adapter!r}: it is not active; call model.set_adapter({adapter!r}) first.")
-    if any(isinstance(m, LoraLayer) and isinstance(m.lora_variant.get(adapter), _Noise) for m in model.modules()):
+    adapter_name = adapter_of(model, adapter_name)
+    stored = fitted(model, adapter_name, needed=sigma is None)
+    if adapter_name not in model.active_adapters:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: it is not active; call model.set_adapter({adapter_name!r}) first."
+        )
+    if any(isinstance(m, LoraLayer) and isinstance(m.lora_variant.get(adapter_name), _Noise) for m in model.modules()):
         raise ValueError("a posterior is open already; leave it before opening another.")
     sigma = stored["sigma_q"] if sigma is None else sigma
     targets = stored.get("targets", "all") if targets is None else targets
-    layers = noisy_layers(model, adapter, targets)
+    layers = noisy_layers(model, adapter_name, targets)
     rtol = stored.get("rtol", 1e-5) if rtol is None else rtol
     opened = Posterior(n_samples, sampler, sigma)
     with ExitStack() as stack:
         if sigma:
             stack.enter_context(_watched(model, opened))
             for name, layer in layers.items():
-                opened.noises.append(_Noise(opened, Draws(name, layer, adapter, rtol), seed, first_sample))
-                layer.lora_variant[adapter] = opened.noises[-1]
-                stack.callback(layer.lora_variant.pop, adapter, None)
+                opened.noises.append(_Noise(opened, Draws(name, layer, adapter_name, rtol), seed, first_sample))
+                layer.lora_variant[adapter_name] = opened.noises[-1]
+                stack.callback(layer.lora_variant.pop, adapter_name, None)
         yield opened
 
 
@@ -201,7 +203,7 @@ def _watched(model: PeftModel, opened: Posterior) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_weights(
-    model: PeftModel, sample: int, name: str | None = None, *, seed: int = 0, adapter: str | None = None
+    model: PeftModel, sample: int, name: str | None = None, *, seed: int = 0, adapter_name: str | None = None
 ) -> str:
     """Add one draw of the posterior as an ordinary adapter, which can be saved, served and merged.
 
@@ -215,22 +217,22 @@ def sample_weights(
     Raises:
         ValueError: nothing is stored for the adapter, or the name is taken.
     """
-    adapter = adapter_of(model, adapter)
-    stored = fitted(model, adapter, needed=True)
-    name = name or f"{adapter}_sample_{sample}"
+    adapter_name = adapter_of(model, adapter_name)
+    stored = fitted(model, adapter_name, needed=True)
+    name = name or f"{adapter_name}_sample_{sample}"
     if name in model.peft_config:
         raise ValueError(f"name={name!r}: the model has an adapter of that name; give another.")
-    layers = noisy_layers(model, adapter, stored["targets"])
-    config = without_posterior(copy.deepcopy(model.peft_config[adapter]))
+    layers = noisy_layers(model, adapter_name, stored["targets"])
+    config = without_posterior(copy.deepcopy(model.peft_config[adapter_name]))
     config.inference_mode = True
     model.add_adapter(name, config)
     for layer_name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            layer.lora_A[name].load_state_dict(layer.lora_A[adapter].state_dict())
-            layer.lora_B[name].load_state_dict(layer.lora_B[adapter].state_dict())
+            layer.lora_A[name].load_state_dict(layer.lora_A[adapter_name].state_dict())
+            layer.lora_B[name].load_state_dict(layer.lora_B[adapter_name].state_dict())
             key = layer_name.removeprefix("base_model.model.")
             if key in layers:
-                draws = Draws(key, layer, adapter, stored["rtol"])
+                draws = Draws(key, layer, adapter_name, stored["rtol"])
                 directions = draws.directions(seed, range(sample, sample + 1))
                 cast(Tensor, layer.lora_A[name].weight).copy_(draws.factors(stored["sigma_q"], directions)[0])
     return name

@@ -130,14 +130,14 @@ def predict(
     samples_at_once: int | None = None,
     seed: int = 0,
     sampler: str = "coherent",
-    adapter: str | None = None,
+    adapter_name: str | None = None,
     sigma: float | None = None,
     targets: str | None = None,
 ) -> Predictive:
     """Predictions of `n_samples` draws of an adapter for each row of a batch, computed as one batch.
 
     Args:
-        model: a PEFT model in eval mode with a posterior; see [`posterior`], also for `seed`, `sampler`, `adapter`, `sigma` and `targets`.
+        model: a PEFT model in eval mode with a posterior; see [`posterior`], also for `seed`, `sampler`, `adapter_name`, `sigma` and `targets`.
         batch: what the model is called with: keywords, or one tensor. Labels are left out.
         n_samples: K.
         classes: ids of the tokens among which a language model chooses; default: the whole vocabulary.
@@ -149,7 +149,7 @@ def predict(
     shared: dict[str, Any] = {
         "seed": seed,
         "sampler": sampler,
-        "adapter": adapter,
+        "adapter_name": adapter_name,
         "sigma": sigma,
         "targets": targets,
     }

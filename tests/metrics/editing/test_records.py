@@ -52,21 +52,21 @@ def test_paths_and_iterables(tmp_path):
     ("row", "message"),
     [
         ({**GOOD, "target_new": " "}, r"row 0 \(id 'a'\): target_new=' ' is empty"),
-        ({**GOOD, "target_new": None}, "target_new=None must be a string"),
+        ({**GOOD, "target_new": None}, "target_new=None: give a string"),
         ({**GOOD, "ground_truth": ""}, "ground_truth='' is empty"),
-        ({**GOOD, "rephrase": "text"}, "rephrase='text' must be a list"),
+        ({**GOOD, "rephrase": "text"}, "rephrase='text': give a list"),
         ({**GOOD, "rephrase": ["x", ""]}, r"rephrase\[1\]='' is empty"),
         ({**GOOD, "source": "s", "targets": []}, r"unknown fields \['targets'\]"),
         ({**GOOD, "locality": {"k": [{"prompt": "x"}]}}, r"locality.k\[0\]"),
         ({**GOOD, "locality": {"k": [{"prompt": "x", "ground_truth": []}]}}, "at least one accepted answer"),
         ({**GOOD, "locality": {"k": [{"prompt": "x", "ground_truth": [[]]}]}}, "empty list of aliases"),
         ({**GOOD, "locality": {"k": [{"prompt": "x", "ground_truth": ["a", ["b"]]}]}}, "mixes answers"),
-        ({**GOOD, "locality": {"k": "x"}}, "locality.k='x' must be a list"),
-        ({**GOOD, "subject": 3}, "subject=3 must be a string"),
+        ({**GOOD, "locality": {"k": "x"}}, "locality.k='x': give a list"),
+        ({**GOOD, "subject": 3}, "subject=3: give a string"),
         ({"prompt": "x", "target_new": "y", "localty": {}}, r"unknown fields \['localty'\]"),
         (EditRecord(prompt="x", target_new=""), "target_new='' is empty"),
         ({"a": 1}, "no known format has the keys"),
-        ("text", "expected an object"),
+        ("text", "give an object"),
     ],
 )
 def test_bad_rows_are_named(row, message):
@@ -87,9 +87,9 @@ def test_bad_files_are_named_with_the_line(tmp_path):
     with pytest.raises(ValueError, match=r"edits\.json line 1"):
         load_edits(array)
     array.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="must hold a list"):
+    with pytest.raises(ValueError, match="give a list of records"):
         load_edits(array)
-    with pytest.raises(ValueError, match="no edit record"):
+    with pytest.raises(ValueError, match="source is empty"):
         load_edits([])
     with pytest.raises(ValueError, match="format='csv' is unknown"):
         load_edits([GOOD], format="csv")
@@ -121,7 +121,7 @@ def test_easyedit_single_items_and_parallel_lists():
     assert record.rephrase == ("the home of Ada is",)
     assert record.locality["one"] == (Question("Bo lives in", (("Rome",),)),)
     assert record.locality["many"][1] == Question("Di lives in", (("Bonn", "Bonna"),))
-    with pytest.raises(ValueError, match=r"locality.k: prompt and ground_truth must be"):
+    with pytest.raises(ValueError, match=r"locality.k: give prompt and ground_truth"):
         one({**GOOD, "locality": {"k": {"prompt": ["x"], "ground_truth": ["a", "b"]}}})
 
 

@@ -83,5 +83,5 @@ def test_compare_refuses_other_edits_and_single_reports(reports):
     report = reports["half"]
     with pytest.raises(ValueError, match="different edits"):
         compare({"a": report, "b": EditingReport(report.settings, report.records[1:], report.drift)})
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="give two or more"):
         compare({"a": report})

@@ -69,7 +69,7 @@ def test_quantized_copy_restores_after_an_error(full):
     before.check()
     for bits in (1, 9, 4.0):
         with (
-            pytest.raises(ValueError, match=f"bits={bits} must be a whole number from 2 to 8"),
+            pytest.raises(ValueError, match=f"bits={bits}: give a whole number from 2 to 8"),
             quantized_copy(full, bits),
         ):
             pass

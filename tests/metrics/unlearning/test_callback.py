@@ -77,10 +77,10 @@ def test_the_main_process_only(island_tok, splits, tmp_path):
 
 def test_refusals(island_tok, splits, tmp_path):
     trainer = make_trainer(island_tok, splits["forget"][:4], tmp_path)
-    with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="every_n_steps=0: give at least 1"):
         UnlearningEvalCallback(trainer, splits, every_n_steps=0)
     trainer.processing_class = None
-    with pytest.raises(ValueError, match="processing_class is NoneType; pass tokenizer="):
+    with pytest.raises(ValueError, match="processing_class is NoneType; pass a tokenizer"):
         UnlearningEvalCallback(trainer, splits)
     UnlearningEvalCallback(trainer, splits, tokenizer=island_tok)
     trainer.is_deepspeed_enabled = True

@@ -217,7 +217,7 @@ def test_utility():
     assert measures.model_utility(data["values"]) == pytest.approx(data["harmonic_mean"], abs=1e-12)
     assert measures.model_utility([0.9, 0.0, 0.8]) == 0.0
     for values in ([], [0.5, -0.1], [math.nan]):
-        with pytest.raises(ValueError, match="one or more scores of at least 0"):
+        with pytest.raises(ValueError, match="give one or more scores"):
             measures.model_utility(values)
 
 

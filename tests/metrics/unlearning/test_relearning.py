@@ -77,10 +77,10 @@ def test_relearning_refuses(full, island_tok, splits):
     with pytest.raises(ValueError, match="split 'probe', row 'x' is also row 'Dusias-flag' of split 'relearn'"):
         relearning_curve(full, island_tok, relearn, [*probe, {**relearn[0], "id": "x"}], [1])
     for steps in ([], [0], [2, 1], [-1, 2], [1, 1]):
-        with pytest.raises(ValueError, match="must be a list of increasing numbers of at least 1"):
+        with pytest.raises(ValueError, match="give a list of increasing numbers of at least 1"):
             relearning_curve(full, island_tok, relearn, probe, steps)
     for name, value in (("learning_rate", 0), ("train_batch_size", 0)):
-        with pytest.raises(ValueError, match=f"{name}=0 must be"):
+        with pytest.raises(ValueError, match=f"{name}=0: give"):
             relearning_curve(full, island_tok, relearn, probe, [1], **{name: value})
 
 

@@ -237,7 +237,7 @@ GOOD = {"prompt": "Where ?", "answer": "here", "perturbed": ["there", "nowhere"]
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("text", r"split 'forget', row 1: expected a dict, got str"),
+        ("text", r"split 'forget', row 1: this is a str; give a dict"),
         (
             {"question": "Where ?", "answer": "here"},
             r"row 1: no 'prompt' among the columns \['answer', 'question'\]; rename",
@@ -247,15 +247,15 @@ GOOD = {"prompt": "Where ?", "answer": "here", "perturbed": ["there", "nowhere"]
             {"prompt": "Where ?", "answer": " "},
             r"split 'forget', row 1: answer=' ' is empty; write it, or drop the row",
         ),
-        ({"prompt": "Where ?", "answer": 3}, r"answer=3 must be a string"),
-        ({"prompt": 3, "answer": "here"}, r"prompt=3 must be a string or a list of messages"),
-        ({"prompt": [], "answer": "here"}, r"prompt=\[\] must be a string or a list of messages"),
-        ({"prompt": [{"role": "user"}], "answer": "here"}, r"must have the strings 'role' and 'content'"),
+        ({"prompt": "Where ?", "answer": 3}, r"answer=3: give a string"),
+        ({"prompt": 3, "answer": "here"}, r"prompt=3: give a string or a list of messages"),
+        ({"prompt": [], "answer": "here"}, r"prompt=\[\]: give a string or a list of messages"),
+        ({"prompt": [{"role": "user"}], "answer": "here"}, r"lacks one of the strings 'role' and 'content'"),
         (
             {"prompt": [{"role": "assistant", "content": "x"}], "answer": "here"},
-            r"ends with the role 'assistant'; it must end with the user",
+            r"ends with the role 'assistant'; end it with the user",
         ),
-        ({**GOOD, "perturbed": "there"}, r"perturbed='there' must be a list of strings"),
+        ({**GOOD, "perturbed": "there"}, r"perturbed='there': give a list of strings"),
         ({**GOOD, "perturbed": ["there", ""]}, r"perturbed\[1\]='' is empty"),
         ({**GOOD, "perturbed": ["there"]}, r"row 1 \(id '1'\): 1 perturbed answers, but row 0 has 2; give every row"),
         ({**GOOD, "perturbed": ["there", "here"]}, r"the perturbed answer 'here' is the right answer; replace it"),

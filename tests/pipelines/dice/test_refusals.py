@@ -45,8 +45,8 @@ def test_arguments_of_edit_are_checked(name):
         with pytest.raises(ValueError, match=match):
             pipe.edit(trace, target_prompt, **options)
 
-    refused("lambda1=-0.1 must be finite and not negative", lambda1=-0.1)
-    refused("lambda2=nan must be finite", lambda2=math.nan)
+    refused("lambda1=-0.1: give a finite number", lambda1=-0.1)
+    refused("lambda2=nan: give a finite number", lambda2=math.nan)
     refused("lambda1=1.5 is above 1", lambda1=1.5)
     refused(r"lambda1 has the shape \(2, 3\)", lambda1=torch.ones(2, 3))
     refused("lambda1 has 3 rows", lambda1=[0.1, 0.2, 0.3])
@@ -62,17 +62,17 @@ def test_arguments_of_edit_are_checked(name):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tau": 0.0}, r"tau=0.0 must be in \(0, 1\]"),
-        ({"tau": 1.5}, r"tau=1.5 must be in \(0, 1\]"),
-        ({"guidance_scale": math.inf}, "guidance_scale=inf must be finite"),
-        ({"guidance_scale": math.nan}, "guidance_scale=nan must be finite"),
-        ({"anchor_floor": 1.0}, "anchor_floor=1.0 must be a negative number"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number, at least 1"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 must be a whole number"),
+        ({"tau": 0.0}, r"tau=0.0: give a number in \(0, 1\]"),
+        ({"tau": 1.5}, r"tau=1.5: give a number in \(0, 1\]"),
+        ({"guidance_scale": math.inf}, "guidance_scale=inf: give a finite number"),
+        ({"guidance_scale": math.nan}, "guidance_scale=nan: give a finite number"),
+        ({"anchor_floor": 1.0}, "anchor_floor=1.0: give a negative number"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0: give a whole number, at least 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: give a whole number"),
         ({"mask_schedule": "square"}, "mask_schedule='square' is unknown"),
         ({"anchor": "none"}, "anchor='none' is unknown"),
-        ({"temperatures": (0.0, 1.0)}, "must be two positive numbers"),
-        ({"truncation_rate": 0.0}, r"truncation_rate=0.0 must be in \(0, 1\]"),
+        ({"temperatures": (0.0, 1.0)}, "give two positive numbers"),
+        ({"truncation_rate": 0.0}, r"truncation_rate=0.0: give a number in \(0, 1\]"),
         ({"generator": seeded(3)}, "generator has 3 entries and there are 2 rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -54,7 +54,7 @@ def test_bad_settings(tmp_path, options, named):
         ([], ValueError, "tasks is empty"),
         ({"a": make_task("a", 0).train, "b": None}, TypeError, "task 'b': train is a NoneType"),
         ([make_task("a", 0), make_task("a", 1)], ValueError, r"the names \['a'\] occur twice"),
-        (["a"], TypeError, "'a' is a str, not a ContinualTask"),
+        (["a"], TypeError, "'a' is a str; give a ContinualTask"),
     ],
 )
 def test_bad_sequences(tmp_path, tasks, error, named):

@@ -89,9 +89,9 @@ def test_inherited_fields_without_effect_are_rejected(tmp_path, name):
         "sync_ref_model": True,
         "precompute_ref_log_probs": True,
     }
-    with pytest.raises(ValueError, match=f"`{name}` has no effect on FLAT, which is reference-free"):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect on FLAT, which is reference-free"):
         make_args(tmp_path, **{name: values.get(name, 0.77)})
-    with pytest.raises(ValueError, match=f"`{name}` has no effect on npo: use loss_kwargs"):
+    with pytest.raises(ValueError, match=f"{name}=.* has no effect on npo: use loss_kwargs"):
         make_args(tmp_path, loss_type="npo", **{name: values.get(name, 0.77)})
 
 
@@ -122,7 +122,7 @@ def test_inherited_fields_without_effect_are_rejected(tmp_path, name):
         ({"loss_type": "gradient_ascent", "loss_kwargs": {"beta": 1}}, "which takes: none"),
         ({"loss_type": "rmu", "loss_kwargs": {"layer": 1.5}}, "rmu needs an integer >= 0"),
         ({"loss_type": "ceu", "loss_kwargs": {"ignore_first": True}}, "ceu needs an integer >= 0"),
-        ({"loss_type": "rmu", "retain_loss": "kl"}, "retain_loss has no effect on rmu"),
+        ({"loss_type": "rmu", "retain_loss": "kl"}, "retain_loss='kl' has no effect on rmu"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: give a number > 0"),
         (
             {"train_sampling_strategy": "group_by_length"},

@@ -63,7 +63,7 @@ def test_command_line_and_round_trip(tmp_path):
         ({"clip_epsilon": -0.1}, "clip_epsilon=-0.1 .* >= 0"),
         ({"n_sigma": 0.0}, "n_sigma=0.0 .* > 0"),
         ({"valid_vocab_size": -3}, "valid_vocab_size=-3"),
-        ({"saturation_patience": 0}, "saturation_patience=0 must be at least 1"),
+        ({"saturation_patience": 0}, "saturation_patience=0: give at least 1"),
         ({"saturation_min_steps": -1}, "saturation_min_steps=-1"),
         ({"saturation_min_steps": 3, "stop_when_saturated": False}, "saturation_min_steps=3 has no effect"),
         ({"saturation_patience": 2, "stop_when_saturated": False}, "saturation_patience=2 has no effect"),

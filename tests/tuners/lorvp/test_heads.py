@@ -269,8 +269,8 @@ def test_what_cannot_be_mapped(found):
         fit_label_map(fresh(), [rows], "best")
     with pytest.raises(ValueError, match="no active adapter of the model has a label map"):
         fit_label_map(adapted(head="linear"), [rows])
-    with pytest.raises(ValueError, match="every=0"):
-        LabelMappingCallback(every=0)
+    with pytest.raises(ValueError, match="every_n_epochs=0"):
+        LabelMappingCallback(every_n_epochs=0)
     with pytest.raises(ValueError, match="assignment='best'"):
         LabelMappingCallback(assignment="best")
 
@@ -319,9 +319,9 @@ def test_the_callback_fits_and_does_not_disturb(found, tmp_path):
 
 def test_resuming_keeps_the_map(found, tmp_path):
     data, _ = found
-    whole = _trainer(fresh(), data, tmp_path, callbacks=[LabelMappingCallback(every=None)])
+    whole = _trainer(fresh(), data, tmp_path, callbacks=[LabelMappingCallback(every_n_epochs=None)])
     whole.train()
-    again = _trainer(fresh(), data, tmp_path, callbacks=[LabelMappingCallback(every=None)])
+    again = _trainer(fresh(), data, tmp_path, callbacks=[LabelMappingCallback(every_n_epochs=None)])
     first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     again.train(resume_from_checkpoint=str(first))
     for (name, one), other in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):

@@ -183,7 +183,7 @@ def test_quantised_base(bits, tmp_path):
         ({"labels": LABELS[1:]}, "labels of shape (199,)"),
         ({"labels": LABELS + 1}, "and there are 4 classes from 0"),
         ({"criterion": lambda *_: float("nan"), "tolerance": 1.0}, "criterion: it is nan at sigma=0.0001"),
-        ({"adapter": "other"}, "adapter='other'"),
+        ({"adapter_name": "other"}, "adapter_name='other'"),
     ],
 )
 def test_bad_input_is_named(options, says):

@@ -63,11 +63,11 @@ def test_samples_are_those_of_runs_of_their_own_and_of_materialised_adapters():
     torch.testing.assert_close(parts, together, rtol=0, atol=1e-6)
     torch.testing.assert_close(predict(model, {"input_ids": IDS}, 6).logits[:4], together, rtol=0, atol=1e-6)
     for k in (0, 3):
-        model.set_adapter(sample_weights(model, k, adapter="default"))
+        model.set_adapter(sample_weights(model, k, adapter_name="default"))
         torch.testing.assert_close(logits(model)[:, -1], together[k], rtol=0, atol=1e-6)
     model.set_adapter("default")
     assert not torch.allclose(
-        predict(model, {"input_ids": IDS}, 4, seed=1, adapter="default").logits, together, atol=1e-3
+        predict(model, {"input_ids": IDS}, 4, seed=1, adapter_name="default").logits, together, atol=1e-3
     )
 
 
@@ -143,7 +143,7 @@ def test_every_draw_generates_what_its_adapter_does(options):
             **opened.expand({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}), **settings
         )
     for k, expected in enumerate(together.chunk(3)):
-        model.set_adapter(sample_weights(model, k, adapter="default"))
+        model.set_adapter(sample_weights(model, k, adapter_name="default"))
         found = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **settings)
         assert torch.equal(found, expected)
 
@@ -211,7 +211,7 @@ def test_what_would_be_wrong_is_refused():
     refused(adapted(), "no posterior is stored with it", sigma=None)
     refused(adapted().train(), "call model.eval() first")
     refused(adapted(), "sampler='other'", sampler="other")
-    refused(adapted(), "adapter='other': the model has ['default']", adapter="other")
+    refused(adapted(), "adapter_name='other': the model has ['default']", adapter_name="other")
     refused(adapted(), "it matches none of the 4 LoRA layers", targets="nothing")
     refused(adapted(use_dora=True), "is LoRA of another kind (DoraLinearVariant)")
     refused(adapted(), "belong to one pass", sampler="local", samples_at_once=1)
@@ -220,7 +220,7 @@ def test_what_would_be_wrong_is_refused():
     refused(adapted().get_base_model(), "give a PeftModel")
     other = adapted()
     other.add_adapter("other", LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    refused(other, "call model.set_adapter('other') first", adapter="other")
+    refused(other, "call model.set_adapter('other') first", adapter_name="other")
     with posterior(other, 2, sigma=SIGMA):
         refused(other, "a posterior is open already")
     merged = adapted()
