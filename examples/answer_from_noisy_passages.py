@@ -71,7 +71,7 @@ def with_others(question: dict[str, Any], passages: list[dict[str, str]]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("handbook"))
+    parser.add_argument("--output", type=Path, default=Path("demo-output/handbook"))
     parser.add_argument("--model", help="a folder or a Hub id; Gemma 3 270M as it comes with the demo by default")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

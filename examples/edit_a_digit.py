@@ -1,6 +1,6 @@
 """Turn a three into an eight, in the same hand: DICE with a masked image model.
 
-    python examples/edit_a_digit.py [--folder edited-digits]
+    python examples/edit_a_digit.py [--folder demo-output/edited-digits]
 
 A small VQ model learns to write scikit-learn's digits with 32 codes, and a small aMUSEd model (`UVit2DModel`) learns to put such codes together, told which digit it is. Then each digit is inverted under its own name and
 edited to another one. `digits.png` shows them: as they are, as they come back, edited at several strengths, and painted anew. Some minutes on a CPU, without a network.
@@ -164,7 +164,7 @@ def main(folder: Path, steps: int, code_steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("edited-digits"))
+    parser.add_argument("--folder", type=Path, default=Path("demo-output/edited-digits"))
     parser.add_argument("--steps", type=int, default=2000, help="of the transformer")
     parser.add_argument("--code-steps", type=int, default=300, help="of the VQ model")
     arguments = parser.parse_args()

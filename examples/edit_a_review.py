@@ -1,6 +1,6 @@
 """Turn bad reviews into good ones, and keep what they are about: DICE with a masked language model.
 
-    python examples/edit_a_review.py [--folder edited-reviews]
+    python examples/edit_a_review.py [--folder demo-output/edited-reviews]
 
 A small RoBERTa learns invented reviews in half a minute: what they are about, and how their author felt, stands in front. Then it is told that a bad review is a good one. Written anew, the review would be
 another one; with what was recorded when the review was inverted, it keeps its words but for those that the prompt contradicts. Pipeline and recording are saved, and loaded again. Without a network.
@@ -120,7 +120,7 @@ def main(folder: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("edited-reviews"))
+    parser.add_argument("--folder", type=Path, default=Path("demo-output/edited-reviews"))
     parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()
     main(arguments.folder, arguments.steps)

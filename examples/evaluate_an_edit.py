@@ -15,7 +15,7 @@ from hf_ext import KnowledgeEditingEvaluator, demo, load_edits
 from hf_ext.demo.model import embedded_model
 from hf_ext.metrics.editing import EditRecord
 
-STEPS = 8
+STEPS, OUTPUT = 8, Path("demo-output/editing_report.json")
 
 
 def edit(model: torch.nn.Module, tokenizer, records: list[EditRecord]) -> None:
@@ -58,7 +58,9 @@ def main() -> None:
     print(report.table())
     for text in report.records[0]["texts"]:
         print(f"{text['section']:12} {text['prompt']} … {text['before']!r} -> {text['prediction']!r}")
-    report.to_json("editing_report.json")
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    report.to_json(OUTPUT)
+    print(f"The report, with all texts of all edits, is in {OUTPUT}; the edited model was not saved.")
 
 
 if __name__ == "__main__":

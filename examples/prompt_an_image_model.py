@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageClassification,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -65,7 +66,9 @@ def train(model: nn.Module, data: Digits, output: Path, rate: float, epochs: int
         output_dir=str(output / "training"), num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=rate, lr_scheduler_type="cosine",
         save_strategy="no", report_to=[], logging_strategy="no", disable_tqdm=True, seed=SEED,
     )  # fmt: skip
-    Trainer(model=model, args=arguments, train_dataset=data).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.remove_callback(PrinterCallback)  # its lines would stand between those that compare the models
+    trainer.train()
 
 
 @torch.no_grad()
