@@ -159,7 +159,15 @@ class _Bar(TrainerCallback):
 
 def _keep(trainer: SFTTrainer, report: EditingReport, output: Path, push: str | None, embedded: bool) -> None:
     """Save the adapter with its card, and publish it if a repository is named."""
-    card: dict[str, Any] = dict(method=["roselora", "overtone"], metrics=report)
+    card: dict[str, Any] = dict(
+        method=["roselora", "overtone"],
+        metrics=report,
+        evaluated_on="the edits, their rephrasings and their neighbours",
+        intended_use="A demonstration of editing facts: it answers the edited questions with the new answers.",
+        out_of_scope="Everything else, above all as a source of facts: the edits are false on purpose.",
+        factors="Results may differ by relation and by how a question is worded; they are told for edits, rephrasings and neighbours.",
+        ethics="The edits name public places and persons; false statements about them are the point of the demonstration.",
+    )
     if embedded:  # loaded from a folder, so the card cannot know
         card |= dict(base_model=EMBEDDED_MODEL_ID, license="gemma")
     output.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class EmissionsData(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run used.
+    """What a run used: energy, emissions and memory, with how they are known.
 
     Attributes:
         energy_kwh: electricity.
