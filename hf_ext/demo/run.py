@@ -166,7 +166,7 @@ def _keep(trainer: SFTTrainer, report: EditingReport, output: Path, push: str | 
         intended_use="A demonstration of editing facts: it answers the edited questions with the new answers.",
         out_of_scope="Everything else, above all as a source of facts: the edits are false on purpose.",
         factors="Results may differ by relation and by how a question is worded; they are told for edits, rephrasings and neighbours.",
-        ethics="The edits name public places and persons; false statements about them are the point of the demonstration.",
+        ethics="The edits name public places and things; false statements about them are the point of the demonstration.",
     )
     if embedded:  # loaded from a folder, so the card cannot know
         card |= dict(base_model=EMBEDDED_MODEL_ID, license="gemma")
