@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -98,12 +99,26 @@ def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -
 def record(model: nn.Module, inputs: list[list[int]] | None = None, seed: int = 0) -> Probe | None:
     """Ask the model; `None` for a model that takes neither token ids nor pictures, or answers with no logits.
 
+    A model that cannot be asked, because it needs other arguments or more memory, gives `None` and a warning with the reason.
+
     Args:
         model: a transformers model or a `PeftModel`, on any device.
         inputs: token ids; drawn from the vocabulary if absent.
         seed: of what is drawn.
     """
-    config: Any = model.config
+    try:
+        return _recorded(model, inputs, seed)
+    except Exception as error:  # whatever a forward pass raises: without answers a model can still be published
+        warnings.warn(
+            f"no answers of this {type(model).__name__} were recorded, so `verify` cannot compare them: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _recorded(model: Any, inputs: list[list[int]] | None, seed: int) -> Probe | None:
+    config = model.config
     shape = None
     if main_input(model) == "pixel_values" and isinstance(config.to_dict().get("image_size"), int):
         shape = [config.num_channels, config.image_size, config.image_size]
@@ -138,38 +153,54 @@ def _asked(model: Any, inputs: list[list[int]] | None, shape: list[int] | None, 
     predictions: list[int] = []
     digest = hashlib.sha256()
     with evaluating(model):
-        for batch in _batches(inputs, shape, seed, weight):
+        for batch in _batches(inputs, shape, seed, weight, _at_once(model, inputs, writes)):
             logits = model(**batch).get("logits")
             if not isinstance(logits, Tensor):
                 return None
+            if logits.ndim not in (2, 3):
+                raise ValueError(
+                    f"it answers with logits of shape {tuple(logits.shape)}, not with a class or with tokens"
+                )
             logits = logits.float().cpu()
-            digest.update(logits.numpy().tobytes())
+            if logits.ndim == 3 and inputs is not None:
+                # Prompt tuning and its kin put virtual tokens in front.
+                logits = logits[:, -batch["input_ids"].shape[1] :]
+            digest.update(logits.contiguous().numpy().tobytes())
             values += _losses(logits, batch["input_ids"].cpu()) if writes else logits.logsumexp(-1).flatten().tolist()
             predictions += (logits[:, -1] if logits.ndim == 3 else logits).argmax(-1).tolist()
+    value = sum(values) / len(values)
+    if not math.isfinite(value):
+        raise ValueError(f"its mean answer is {value}")
     return Probe(
         inputs=inputs,
         seed=seed,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
         metric="loss of the next token" if writes else "log-sum-exp of the logits",
-        value=float(f"{sum(values) / len(values):.6g}"),
+        value=float(f"{value:.6g}"),
         predictions=predictions,
         digest=digest.hexdigest(),
     )
 
 
+def _at_once(model: Any, inputs: list[list[int]] | None, writes: bool) -> int:
+    """How many examples a batch holds. Rows go one by one where they would have to be padded, or where a classifier looks for padding."""
+    if inputs is None:
+        return _AT_ONCE
+    pads = writes or model.config.get_text_config().to_dict().get("pad_token_id") is not None
+    return _AT_ONCE if pads and len({len(row) for row in inputs}) == 1 else 1
+
+
 def _batches(
-    inputs: list[list[int]] | None, shape: list[int] | None, seed: int, weight: Tensor
+    inputs: list[list[int]] | None, shape: list[int] | None, seed: int, weight: Tensor, at_once: int
 ) -> Iterator[dict[str, Tensor]]:
     if inputs is not None:
-        # Rows of different lengths go one by one, so that nothing has to be padded.
-        at_once = _AT_ONCE if len({len(row) for row in inputs}) == 1 else 1
         for start in range(0, len(inputs), at_once):
             tokens = torch.tensor(inputs[start : start + at_once], device=weight.device)
             yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         return
     pictures = torch.randn(EXAMPLES, *(shape or ()), generator=torch.Generator().manual_seed(seed))
-    for batch in pictures.split(_AT_ONCE):
+    for batch in pictures.split(at_once):
         yield {"pixel_values": batch.to(weight.device, weight.dtype)}
 
 

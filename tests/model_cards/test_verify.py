@@ -6,9 +6,18 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMultipleChoice,
+    CLIPConfig,
+    CLIPModel,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_ext import LorVpConfig
 from hf_ext.model_cards import save, verify
@@ -41,6 +50,40 @@ def test_an_adapter(adapter):
 def test_other_models(tmp_path, make):
     folder = save(make(), tmp_path / "model")
     assert found(verify(folder, base_model=make_tiny_llama()))["answers"]
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens(tmp_path, config):
+    model = get_peft_model(make_tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    folder = save(model, tmp_path / "adapter")
+    probe = json.loads((folder / FILE).read_text())["probe"]
+    assert probe["metric"] == "loss of the next token" and len(probe["predictions"].split()) == 32
+    assert found(verify(folder, base_model=make_tiny_llama()))["answers"]
+
+
+def test_a_classifier_without_padding(tmp_path):
+    config = make_tiny_llama().config
+    config.pad_token_id = None
+    folder = save(LlamaForSequenceClassification(config), tmp_path / "model")
+    assert found(verify(folder))["answers"]
+
+
+def clip() -> CLIPModel:
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=vision, projection_dim=8))
+
+
+def bert(cls, **fields):
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    return cls(BertConfig(**small, **fields)).eval()
+
+
+@pytest.mark.parametrize("make", [clip, lambda: bert(BertForMultipleChoice)], ids=["clip", "multiple-choice"])
+def test_a_model_that_cannot_be_asked_is_saved_all_the_same(tmp_path, make):
+    with pytest.warns(UserWarning, match="no answers of this .* were recorded.*Error: "):
+        folder = save(make(), tmp_path / "model")
+    assert found(verify(folder))["answers"] is None
 
 
 def test_half_precision(tmp_path):
