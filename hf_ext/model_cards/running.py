@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 from hf_ext.model_cards.leaks import TOKEN, without_paths
 
 NOT_RUN = "This code was generated with the card; it was not run before publishing."
 _BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 _SHOWN = 600
+_MOST = 2**20  # bytes of output
+_POLL = 0.2  # seconds between looks at what was written
 _PACKAGES = ("hf-ext", "torch", "transformers", "peft", "diffusers")
 
 _REMEDY = (
@@ -77,43 +83,73 @@ def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None,
         timeout: seconds.
 
     Raises:
-        SnippetError: it failed, asked for the network, or took too long; the message has its last lines.
+        SnippetError: it failed, asked for the network, took too long, or wrote more than 1 MiB; the message has its last lines.
     """
     for name, here in (names or {}).items():
         code = code.replace(f'"{name}"', repr(here))
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _PRELUDE],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(code, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise SnippetError(f"the code of the card was stopped after {timeout:g} s. {_REMEDY}") from None
-    finally:
-        _stop(process)
-    if process.returncode:
+    returncode, output, errors = _run(code, folder, timeout)
+    if returncode:
         last = "\n".join(errors.strip().splitlines()[-4:])
         raise SnippetError(f"the code of the card fails:\n{last}\n{_REMEDY}")
     shown = TOKEN.sub("(removed)", without_paths(output.strip()))
     return SnippetRun(code, shown, hashlib.sha256(shown.encode()).hexdigest())
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """End the process and those it started."""
-    if process.poll() is None:
-        if os.name == "posix":
+def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
+    """The exit status, and what was written to both outputs."""
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    }
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Files, since the end of a pipe would be awaited from every child that has it open.
+    with TemporaryFile() as source, TemporaryFile() as output, TemporaryFile() as errors:
+        source.write(code.encode())
+        source.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PRELUDE],
+            stdin=source,
+            stdout=output,
+            stderr=errors,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            _wait(process, (output, errors), timeout)
+        finally:
+            _stop(process)
+        return process.returncode, _read(output), _read(errors)
+
+
+def _wait(process: subprocess.Popen[bytes], written: Sequence[IO[bytes]], timeout: float) -> None:
+    """Until the process has ended, whatever its children do.
+
+    Raises:
+        SnippetError: it takes or writes too much.
+    """
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            process.wait(_POLL)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > end:
+                raise SnippetError(f"the code of the card was stopped after {timeout:g} s. {_REMEDY}") from None
+        if any(os.fstat(file.fileno()).st_size > _MOST for file in written):
+            raise SnippetError(f"the code of the card writes more than {_MOST:,} bytes of output. {_REMEDY}")
+        if process.returncode is not None:
+            return
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(_MOST).decode("utf-8", errors="replace").replace("\r\n", "\n")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and those it started, which may outlive it."""
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.communicate()
+    elif process.poll() is None:
+        process.kill()
+    process.wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -46,6 +48,28 @@ def test_what_fails(tmp_path, code, message):
 def test_what_hangs_is_stopped(tmp_path):
     with pytest.raises(SnippetError, match="stopped after 1 s"):
         run_snippet("import time; time.sleep(60)", tmp_path, timeout=1)
+
+
+def test_its_children_end_with_it(tmp_path):
+    """One that keeps the outputs open is not waited for, and does not outlive the code."""
+    late = f"import time; time.sleep(1.5); open({str(tmp_path / 'late.txt')!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {late!r}]); print(time.monotonic())"
+    (tmp_path / "folder").mkdir()
+    started = float(run_snippet(code, tmp_path / "folder").output)
+    assert time.monotonic() - started < 1.5
+    time.sleep(2)
+    assert not (tmp_path / "late.txt").exists()
+
+
+def test_an_endless_output_is_stopped(tmp_path):
+    with pytest.raises(SnippetError, match="more than 1,048,576 bytes"):
+        run_snippet("while True: print('x' * 999)", tmp_path, timeout=30)
+
+
+def test_output_that_is_no_text(tmp_path):
+    assert (
+        run_snippet("import sys; sys.stdout.buffer.write(b'a\\xff\\r\\n\\xc3\\xa9')", tmp_path).output == "a\ufffd\né"
+    )
 
 
 def test_a_long_output_and_none():
