@@ -1,4 +1,8 @@
-"""Run the code of a card before anybody else does: in a process of its own, in the folder that is published, without a network."""
+"""Run the code of a card before anybody else does: in a process of its own, in the folder that is published, told to work offline.
+
+This finds code that does not run. It is no cage: the code may read what its user may, and start programs that nothing keeps
+from the network.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from typing import IO
 from hf_ext.model_cards.leaks import TOKEN, without_paths
 
 NOT_RUN = "This code was generated with the card; it was not run before publishing."
-_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```python[ \t]*\r?\n(.*?)```", re.DOTALL)
 _SHOWN = 600
 _MOST = 2**20  # bytes of output
 _POLL = 0.2  # seconds between looks at what was written
@@ -31,12 +35,31 @@ _REMEDY = (
     "or pass run_snippet=False, and the card will say that it was not run."
 )
 
-# The folder must not shadow a library, and what a library caches on this machine is all it can get.
+# What libraries and their compilers need of the environment; all else, such as keys of services, is not the code's business.
+_VARIABLES = re.compile(
+    "PATH|HOME|USER|LOGNAME|TMPDIR|TEMP|TMP|TZ|LANG|LANGUAGE|LC_.*|XDG_CACHE_HOME|VIRTUAL_ENV|CONDA_PREFIX|PYTHONHOME|"
+    "(DY)?LD_LIBRARY_PATH|CC|CXX|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_ORDER)|ROCM_HOME|(HIP|ROCR)_VISIBLE_DEVICES|"
+    "(OMP|MKL|OPENBLAS)_NUM_THREADS|KMP_DUPLICATE_LIB_OK|TORCH.*|PYTORCH_.*|TRITON_.*|"
+    "HF_HOME|HF_(HUB|XET|ASSETS|MODULES|DATASETS)_CACHE|HUGGINGFACE_HUB_CACHE|"
+    "SYSTEMROOT|SYSTEMDRIVE|WINDIR|COMSPEC|PATHEXT|USERPROFILE|HOMEDRIVE|HOMEPATH|(LOCAL)?APPDATA|PROGRAMDATA|"
+    "PROGRAMFILES|NUMBER_OF_PROCESSORS|PROCESSOR_ARCHITECTURE"
+)
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONUTF8": "1",
+}
+
+# The folder must not shadow a library, and what a library caches on this machine is all it can get. Addresses that are no
+# tuple are files of this machine.
 _PRELUDE = """
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]
+names = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"}
+addresses = {"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"}
 def refuse(event, arguments):
-    if event == "socket.getaddrinfo" or event == "socket.connect" and isinstance(arguments[1], tuple):
+    if event in names or event in addresses and isinstance(arguments[1], tuple):
         raise OSError(f"the code of the card needs the network: {event}{arguments[1:] or arguments}")
 sys.addaudithook(refuse)
 exec(compile(sys.stdin.read(), "<code of the card>", "exec"), {"__name__": "__main__"})
@@ -60,7 +83,7 @@ class SnippetRun:
         """What the card says below the code."""
         used = [name for name in _PACKAGES if name == "torch" or f"{name.replace('-', '_')} " in self.code]
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in used)
-        told = f"This code was run before publishing, in a process of its own and offline, with {versions}."
+        told = f"This code was run before publishing, in a process of its own that was told to work offline, with {versions}."
         if not self.output:
             return f"{told} It printed nothing."
         shown = self.output if len(self.output) <= _SHOWN else f"{self.output[:_SHOWN]} …"
@@ -71,7 +94,7 @@ class SnippetRun:
 def code_of(text: str) -> str | None:
     """The first Python block of a card."""
     found = _BLOCK.search(text)
-    return found[1] if found else None
+    return found[1].replace("\r\n", "\n") if found else None
 
 
 def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None, timeout: float = 600.0) -> SnippetRun:
@@ -97,10 +120,6 @@ def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None,
 
 def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
     """The exit status, and what was written to both outputs."""
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # Files, since the end of a pipe would be awaited from every child that has it open.
     with TemporaryFile() as source, TemporaryFile() as output, TemporaryFile() as errors:
         source.write(code.encode())
@@ -111,7 +130,7 @@ def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
             stdout=output,
             stderr=errors,
             cwd=folder,
-            env=environment,
+            env=_environment(folder),
             start_new_session=True,
         )
         try:
@@ -119,6 +138,15 @@ def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
         finally:
             _stop(process)
         return process.returncode, _read(output), _read(errors)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What the code is told of this process."""
+    kept = {key: value for key, value in os.environ.items() if _VARIABLES.fullmatch(key)}
+    # Relative entries would mean the folder, whose files must not shadow a library.
+    paths = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    outside = [str(path) for path in paths if not path.is_relative_to(folder.resolve())]
+    return {**kept, **_OFFLINE, **({"PYTHONPATH": os.pathsep.join(outside)} if outside else {})}
 
 
 def _wait(process: subprocess.Popen[bytes], written: Sequence[IO[bytes]], timeout: float) -> None:

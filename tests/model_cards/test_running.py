@@ -21,8 +21,12 @@ def test_what_it_prints(tmp_path):
     assert "It printed:\n\n```text\nfound\n```" in run.note
 
 
-def test_a_folder_shadows_no_library(tmp_path):
+@pytest.mark.parametrize("path", ["", ".", "here"])
+def test_a_folder_shadows_no_library(tmp_path, monkeypatch, path):
+    """Neither from an entry of the path that means where one is, nor from one that names it."""
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path) if path == "here" else path)
+    monkeypatch.chdir(tmp_path)
     assert run_snippet("import json; print(json.dumps(1))", tmp_path).output == "1"
 
 
@@ -32,11 +36,33 @@ def test_tokens_and_paths_are_not_told(tmp_path):
     assert run.output == "(removed) None model"
 
 
+def test_of_the_environment_it_gets_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", "beside")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    run = run_snippet("import os; print(*map('='.join, os.environ.items()), sep='\\n')", tmp_path / "folder")
+    assert "secret" not in run.output and "CUDA_VISIBLE_DEVICES=\n" in run.output and "PATH=" in run.output
+    assert "HF_HUB_OFFLINE=1" in run.output
+    printed = run_snippet("import sys; print(*sys.path)", tmp_path / "folder")
+    assert "beside" in printed.output.split()
+
+
+def test_lines_that_end_as_on_windows():
+    assert code_of("text\r\n```python\r\na = 1\r\nb\r\n```\r\n") == "a = 1\nb\n"
+    assert code_of("```text\nno code\n```") is None
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
         ("1 / 0", "(?s)the code of the card fails.*ZeroDivisionError.*run_snippet=False"),
         ("import urllib.request as u; u.urlopen('http://127.0.0.1:9')", "(?s)needs the network"),
+        ("import socket as s; s.socket(s.AF_INET, s.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))", "socket.sendto"),
+        ("import socket as s; s.socket().bind(('127.0.0.1', 0))", "socket.bind"),
+        ("import socket; socket.gethostbyname('localhost')", "socket.gethostbyname"),
         ("import socket; socket.create_connection(('localhost', 9))", "(?s)needs the network"),
     ],
 )
@@ -87,7 +113,10 @@ def test_it_is_told_in_the_card(tmp_path):
     folder = save(model, tmp_path / "adapter", base_model="user/base", license="mit", run_snippet=True, **WORDS)
     text = (folder / "README.md").read_text()
     assert "model.generate" in str(code_of(text)) and 'AutoTokenizer.from_pretrained("user/base")' in text
-    assert "This code was run before publishing, in a process of its own and offline, with torch" in text
+    assert (
+        "This code was run before publishing, in a process of its own that was told to work offline, with torch"
+        in text
+    )
     assert not [file for file in folder.iterdir() if b"secret-base" in file.read_bytes()]
 
 
