@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
 from hf_ext.model_cards.leaks import TOKEN, without_paths
@@ -98,7 +99,7 @@ def code_of(text: str) -> str | None:
 
 
 def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None, timeout: float = 600.0) -> SnippetRun:
-    """Run `code` inside `folder`.
+    """Run `code` in a place that looks like `folder`: new files stay there, and disappear with it.
 
     Args:
         names: string literals of the code that stand for something on this machine: what is published later to be found at a
@@ -106,11 +107,21 @@ def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None,
         timeout: seconds.
 
     Raises:
-        SnippetError: it failed, asked for the network, took too long, or wrote more than 1 MiB; the message has its last lines.
+        SnippetError: it failed, asked for the network, took too long, wrote more than 1 MiB, or wrote to the files of `folder`; the message has its last lines.
     """
     for name, here in (names or {}).items():
         code = code.replace(f'"{name}"', repr(here))
-    returncode, output, errors = _run(code, folder, timeout)
+    before = _state(folder)
+    with TemporaryDirectory() as scratch:
+        # Always the same name, as the code may print where it is.
+        linked = Path(scratch, "model")
+        _link(folder, linked)
+        returncode, output, errors = _run(code, linked, [folder, linked], timeout)
+    written = sorted(name for name, _ in before ^ _state(folder))
+    if written:
+        raise SnippetError(
+            f"the code of the card writes to what is published: {', '.join(dict.fromkeys(written))}. {_REMEDY}"
+        )
     if returncode:
         last = "\n".join(errors.strip().splitlines()[-4:])
         raise SnippetError(f"the code of the card fails:\n{last}\n{_REMEDY}")
@@ -118,8 +129,29 @@ def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None,
     return SnippetRun(code, shown, hashlib.sha256(shown.encode()).hexdigest())
 
 
-def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
-    """The exit status, and what was written to both outputs."""
+def _state(folder: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Every file, and what of its status changes with its content; the change time cannot be set back."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    seen = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+    return {(name, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)) for name, status in seen}
+
+
+def _link(folder: Path, target: Path) -> None:
+    """The same tree with links in the place of files, or with copies where the system refuses links."""
+    target.mkdir()
+    for path in sorted(folder.rglob("*")):
+        place = target / path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            place.mkdir()
+            continue
+        try:
+            place.symlink_to(path.resolve())
+        except OSError:
+            shutil.copyfile(path, place)
+
+
+def _run(code: str, folder: Path, hidden: Sequence[Path], timeout: float) -> tuple[int, str, str]:
+    """The exit status, and what was written to both outputs. Nothing is imported from `hidden`."""
     # Files, since the end of a pipe would be awaited from every child that has it open.
     with TemporaryFile() as source, TemporaryFile() as output, TemporaryFile() as errors:
         source.write(code.encode())
@@ -130,7 +162,7 @@ def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
             stdout=output,
             stderr=errors,
             cwd=folder,
-            env=_environment(folder),
+            env=_environment(hidden),
             start_new_session=True,
         )
         try:
@@ -140,12 +172,12 @@ def _run(code: str, folder: Path, timeout: float) -> tuple[int, str, str]:
         return process.returncode, _read(output), _read(errors)
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(hidden: Sequence[Path]) -> dict[str, str]:
     """What the code is told of this process."""
     kept = {key: value for key, value in os.environ.items() if _VARIABLES.fullmatch(key)}
-    # Relative entries would mean the folder, whose files must not shadow a library.
+    # Relative entries would mean another place there, and files of the folder must not shadow a library.
     paths = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    outside = [str(path) for path in paths if not path.is_relative_to(folder.resolve())]
+    outside = [str(path) for path in paths if not any(path.is_relative_to(place.resolve()) for place in hidden)]
     return {**kept, **_OFFLINE, **({"PYTHONPATH": os.pathsep.join(outside)} if outside else {})}
 
 

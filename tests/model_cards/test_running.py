@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -74,6 +75,31 @@ def test_what_fails(tmp_path, code, message):
 def test_what_hangs_is_stopped(tmp_path):
     with pytest.raises(SnippetError, match="stopped after 1 s"):
         run_snippet("import time; time.sleep(60)", tmp_path, timeout=1)
+
+
+def test_what_it_writes_beside_the_model_is_dropped(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "here.txt").write_text("found")
+    code = (
+        "import os; open('sub/new.txt', 'w').write(open('sub/here.txt').read()); print(os.path.basename(os.getcwd()))"
+    )
+    assert run_snippet(code, tmp_path).output == "model"
+    assert [path.name for path in tmp_path.rglob("*")] == ["sub", "here.txt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import os; open('a.txt', 'w').write('other'); os.utime('a.txt', (1, 1))", "a.txt"),
+        ("import os; open(os.path.dirname(os.path.realpath('a.txt')) + '/b.txt', 'w')", "b.txt"),
+        ("import os; os.remove(os.path.realpath('a.txt'))", "a.txt"),
+    ],
+)
+def test_it_must_not_change_what_is_published(tmp_path, code, name):
+    (tmp_path / "a.txt").write_text("words")
+    os.utime(tmp_path / "a.txt", (1, 1))
+    with pytest.raises(SnippetError, match=f"writes to what is published: {name}. Correct"):
+        run_snippet(code, tmp_path)
 
 
 def test_its_children_end_with_it(tmp_path):
