@@ -13,8 +13,9 @@ from torch import nn
 
 from hf_ext.model_cards import running
 from hf_ext.model_cards.base_model import REPO_ID, file_digest
+from hf_ext.model_cards.folder_rules import PICKLES
 from hf_ext.model_cards.loading import load
-from hf_ext.model_cards.manifest import FILE, read_manifest
+from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.probe import Probe, repeat
 from hf_ext.model_cards.running import SnippetError, code_of
 
@@ -56,7 +57,7 @@ def verify(
 ) -> Verification:
     """Compare a folder or a repository with what `publish` or `save` recorded beside its card.
 
-    1. Every file has the sha256 that was recorded, and none was added.
+    1. Every file has the sha256 that was recorded, and none was added that could run: Python or a pickle. Others are told.
     2. The model is loaded as the card says and asked the recorded questions: same answers, up to rounding.
     3. With `run_snippet`, the code of the card prints what it printed then.
 
@@ -95,8 +96,15 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Check:
     changed = sorted(
         name for name, digest in recorded.items() if name not in missing and file_digest(folder / name) != digest
     )
-    told = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("changed", changed)) if names]
-    return Check("files", not told, "; ".join(told) or f"{len(recorded)} files as recorded in {FILE}")
+    added = [name for name in files_of(folder) if name not in recorded and not name.startswith(".git/")]
+    runs = [name for name in added if Path(name).suffix.lower() in (".py", *PICKLES)]
+    told = {"missing": missing, "changed": changed, "added and can run code": runs}
+    holds = not any(told.values())
+    told["added"] = [name for name in added if name not in runs]
+    words = [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+    if holds:
+        words[:0] = [f"{len(recorded)} files as recorded in {FILE}"]
+    return Check("files", holds, "; ".join(words))
 
 
 def _inside(folder: Path, name: str) -> bool:
