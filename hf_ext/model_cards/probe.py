@@ -59,15 +59,36 @@ class Probe:
         """What `to_dict` gave.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else; the message names the key.
         """
         try:
             numbers: dict[str, Any] = {"predictions": [int(word) for word in data["predictions"].split()]}
             if data["inputs"] is not None:
                 numbers["inputs"] = [[int(word) for word in row.split()] for row in data["inputs"]]
-            return cls(**{**data, **numbers})
+            probe = cls(**{**data, **numbers})
+            damaged = probe._damaged()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the recorded probe is damaged ({error!r}); fetch the files again.") from None
+        if damaged:
+            raise ValueError(
+                f"the recorded probe is damaged: {damaged!r} is {data[damaged]!r:.80}; fetch the files again."
+            )
+        return probe
+
+    def _damaged(self) -> str | None:
+        """The first key whose value cannot have been recorded."""
+        pictures = isinstance(self.shape, list) and len(self.shape) == 3 and all(size > 0 for size in self.shape)
+        rows = self.inputs
+        sound = {
+            "inputs": pictures if rows is None else bool(rows) and all(row and min(row) >= 0 for row in rows),
+            "seed": isinstance(self.seed, int),
+            "dtype": isinstance(getattr(torch, str(self.dtype), None), torch.dtype),
+            "metric": isinstance(self.metric, str),
+            "value": isinstance(self.value, int | float) and math.isfinite(self.value),
+            "predictions": len(self.predictions) == (EXAMPLES if rows is None else len(rows)),
+            "digest": isinstance(self.digest, str),
+        }
+        return next((key for key, is_sound in sound.items() if not is_sound), None)
 
     def differences(self, other: Probe) -> list[str]:
         """In what `other`, answered again, differs by more than rounding."""
@@ -132,7 +153,15 @@ def _recorded(model: Any, inputs: list[list[int]] | None, seed: int) -> Probe | 
 
 
 def repeat(model: nn.Module, probe: Probe) -> Probe | None:
-    """The same questions again."""
+    """The same questions again.
+
+    Raises:
+        ValueError: the model does not know a token of the probe.
+    """
+    known = cast(Any, model).config.get_text_config().to_dict().get("vocab_size", math.inf)
+    highest = max(map(max, probe.inputs or [[0]]))
+    if highest >= known:
+        raise ValueError(f"the recorded probe asks for token {highest}, and the model has {known}")
     return _asked(model, probe.inputs, probe.shape, probe.seed)
 
 

@@ -67,7 +67,7 @@ def verify(
         run_snippet: runs code from the card in a process of its own, without a network: only for cards that you trust.
 
     Raises:
-        ValueError: there is no manifest, or neither a folder nor a Hub id.
+        ValueError: there is no manifest or a damaged one, or neither a folder nor a Hub id.
     """
     folder, repo_id = _located(folder_or_repo, revision, token)
     manifest = read_manifest(folder)
@@ -119,13 +119,20 @@ def _answers(folder: Path, manifest: dict[str, Any], base_model: str | nn.Module
     try:
         model = load(folder, manifest["model"], getattr(torch, recorded.dtype), base_model)
     except Exception as error:  # whatever the libraries make of files that are not what they were
-        return Check("answers", False, f"the model cannot be loaded: {' '.join(str(error).split())[:300]}")
-    answered = repeat(model, recorded)
+        return Check("answers", False, f"the model cannot be loaded: {_short(error)}")
+    try:
+        answered = repeat(model, recorded)
+    except Exception as error:  # as above
+        return Check("answers", False, f"the model cannot be asked: {_short(error)}")
     if answered is None:
         return Check("answers", False, "the model gives no logits")
     different = recorded.differences(answered)
     same = "bit by bit" if answered.digest == recorded.digest else f"{recorded.metric} {answered.value:.6g}"
     return Check("answers", not different, "; ".join(different) or f"{len(recorded.predictions)} as recorded, {same}")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_model: str | nn.Module | None) -> Check:

@@ -169,6 +169,64 @@ def test_damaged_manifests(adapter, content, message):
         verify(folder)
 
 
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("files", None),
+        ("files", []),
+        ("files", MISSING),
+        ("files", {"config.json": 1}),
+        ("model", MISSING),
+        ("model", {}),
+        ("model", {"class": "LlamaForCausalLM", "num_labels": "2"}),
+        ("probe", MISSING),
+        ("probe", []),
+        ("snippet", MISSING),
+        ("snippet", {}),
+        ("inputs", []),
+        ("inputs", [""] * 32),
+        ("inputs", ["1 -2"] * 32),
+        ("inputs", None),
+        ("value", "low"),
+        ("value", float("nan")),
+        ("predictions", "1 2 3"),
+        ("predictions", MISSING),
+        ("dtype", "float33"),
+        ("dtype", None),
+        ("seed", None),
+    ],
+    ids=lambda value: "missing" if value is MISSING else str(value)[:20],
+)
+def test_damaged_parts_are_named(damaged_at, key, value):
+    with pytest.raises(ValueError, match=f"damaged.*{key}.*fetch"):
+        damaged_at(key, value)
+
+
+@pytest.fixture
+def damaged_at(tmp_path):
+    """Verifies a model after one part of its manifest, or of the probe in it, was replaced."""
+    folder = save(make_tiny_llama(), tmp_path / "model")
+
+    def verified(key, value):
+        manifest = json.loads((folder / FILE).read_text())
+        part = manifest if key in manifest else manifest["probe"]
+        part[key] = value
+        if value is MISSING:
+            del part[key]
+        (folder / FILE).write_text(json.dumps(manifest))
+        return verify(folder)
+
+    return verified
+
+
+def test_tokens_that_the_model_does_not_have(damaged_at):
+    verification = damaged_at("inputs", ["1 2 1000000000000"] * 32)
+    assert "cannot be asked: ValueError: the recorded probe asks for token 1000000000000" in str(verification)
+
+
 def test_neither_folder_nor_repository():
     with pytest.raises(ValueError, match="folder_or_repo='a b'"):
         verify("a b")
