@@ -23,6 +23,9 @@ _AT_ONCE = 4
 _RELATIVE = {"float32": 1e-3, "float64": 1e-3}
 _RELATIVE_LOW = 3e-2
 _MAY_DIFFER = 2
+# Logits of a classifier are recorded where they are few, and may differ by this share of how much they vary over the examples.
+_FEW = 64
+_SHARE, _SHARE_LOW = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Probe:
         value: mean over the examples.
         predictions: the most probable token or class of every example, at its last position.
         digest: sha256 of the logits in float32, for a comparison bit by bit on one machine.
+        logits: of every example at its last position, in 4 significant digits; `None` for a model that writes, or of many classes.
     """
 
     inputs: list[list[int]] | None
@@ -48,11 +52,15 @@ class Probe:
     value: float
     predictions: list[int]
     digest: str
+    logits: list[list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with a line for every example."""
-        rows = None if self.inputs is None else [" ".join(map(str, row)) for row in self.inputs]
-        return {**asdict(self), "inputs": rows, "predictions": " ".join(map(str, self.predictions))}
+        lines = {
+            key: None if rows is None else [" ".join(map(str, row)) for row in rows]
+            for key, rows in (("inputs", self.inputs), ("logits", self.logits))
+        }
+        return {**asdict(self), **lines, "predictions": " ".join(map(str, self.predictions))}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Probe:
@@ -65,6 +73,8 @@ class Probe:
             numbers: dict[str, Any] = {"predictions": [int(word) for word in data["predictions"].split()]}
             if data["inputs"] is not None:
                 numbers["inputs"] = [[int(word) for word in row.split()] for row in data["inputs"]]
+            if data.get("logits") is not None:
+                numbers["logits"] = [[float(word) for word in row.split()] for row in data["logits"]]
             probe = cls(**{**data, **numbers})
             damaged = probe._damaged()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -87,6 +97,8 @@ class Probe:
             "value": isinstance(self.value, int | float) and math.isfinite(self.value),
             "predictions": len(self.predictions) == (EXAMPLES if rows is None else len(rows)),
             "digest": isinstance(self.digest, str),
+            "logits": self.logits is None
+            or (len(self.logits) == len(self.predictions) and len({len(row) for row in self.logits}) == 1),
         }
         return next((key for key, is_sound in sound.items() if not is_sound), None)
 
@@ -99,7 +111,20 @@ class Probe:
         changed = sum(ours != theirs for ours, theirs in zip(self.predictions, other.predictions, strict=True))
         if changed > _MAY_DIFFER:
             found.append(f"{changed} of {len(self.predictions)} predictions differ")
+        if self.logits is not None:
+            changed = _far(torch.tensor(self.logits), torch.tensor(other.logits or []), relative)
+            if changed > _MAY_DIFFER:
+                found.append(f"the logits of {changed} of {len(self.predictions)} examples differ")
         return found
+
+
+def _far(recorded: Tensor, answered: Tensor, relative: float) -> int:
+    """How many of the examples, (n, classes) both, have a logit that differs by more than rounding."""
+    if recorded.shape != answered.shape:
+        return len(recorded)
+    spread = (recorded.amax(0) - recorded.amin(0)).max()
+    allowed = relative * recorded.abs() + (_SHARE_LOW if relative == _RELATIVE_LOW else _SHARE) * spread
+    return int((~((recorded - answered).abs() <= allowed)).any(-1).sum())
 
 
 def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -180,6 +205,7 @@ def _asked(model: Any, inputs: list[list[int]] | None, shape: list[int] | None, 
     writes = _core(model).can_generate()
     values: list[float] = []
     predictions: list[int] = []
+    last: list[list[float]] = []
     digest = hashlib.sha256()
     with evaluating(model):
         for batch in _batches(inputs, shape, seed, weight, _at_once(model, inputs, writes)):
@@ -196,7 +222,10 @@ def _asked(model: Any, inputs: list[list[int]] | None, shape: list[int] | None, 
                 logits = logits[:, -batch["input_ids"].shape[1] :]
             digest.update(logits.contiguous().numpy().tobytes())
             values += _losses(logits, batch["input_ids"].cpu()) if writes else logits.logsumexp(-1).flatten().tolist()
-            predictions += (logits[:, -1] if logits.ndim == 3 else logits).argmax(-1).tolist()
+            final = logits[:, -1] if logits.ndim == 3 else logits
+            predictions += final.argmax(-1).tolist()
+            if not writes and final.shape[-1] <= _FEW:
+                last += [[float(f"{logit:.4g}") for logit in row] for row in final.tolist()]
     value = sum(values) / len(values)
     if not math.isfinite(value):
         raise ValueError(f"its mean answer is {value}")
@@ -209,6 +238,7 @@ def _asked(model: Any, inputs: list[list[int]] | None, shape: list[int] | None, 
         value=float(f"{value:.6g}"),
         predictions=predictions,
         digest=digest.hexdigest(),
+        logits=last or None,
     )
 
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMultipleChoice,
+    BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
     LlamaForSequenceClassification,
@@ -22,6 +23,7 @@ from transformers import (
 from hf_ext import LorVpConfig
 from hf_ext.model_cards import save, verify
 from hf_ext.model_cards.manifest import FILE
+from hf_ext.model_cards.probe import Probe, record
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, roselora_model
 
@@ -84,6 +86,29 @@ def test_a_model_that_cannot_be_asked_is_saved_all_the_same(tmp_path, make):
     with pytest.warns(UserWarning, match="no answers of this .* were recorded.*Error: "):
         folder = save(make(), tmp_path / "model")
     assert found(verify(folder))["answers"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_classifier_that_lost_its_embeddings(tmp_path, dtype):
+    """Two classes and small logits: their mean and the predictions hardly change."""
+    torch.manual_seed(0)
+    model = bert(BertForSequenceClassification, num_labels=2).to(dtype)
+    folder = save(model, tmp_path / "model")
+    assert found(verify(folder))["answers"]
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.zero_()
+    model.save_pretrained(folder)
+    verification = verify(folder)
+    assert found(verification)["answers"] is False and "of 32 examples differ" in str(verification)
+
+
+def test_logits_may_differ_by_rounding():
+    """Recorded in 32 bits, answered in 16."""
+    torch.manual_seed(0)
+    model = bert(BertForSequenceClassification, num_labels=3)
+    recorded, other = record(model), record(model.to(torch.bfloat16))
+    assert recorded.digest != other.digest and recorded.differences(other) == []
+    assert Probe.from_dict(recorded.to_dict()) == recorded and len(recorded.logits[0]) == 3
 
 
 def test_half_precision(tmp_path):
