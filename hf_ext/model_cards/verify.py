@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
@@ -127,6 +127,10 @@ def _answers(folder: Path, manifest: dict[str, Any], base_model: str | nn.Module
     if answered is None:
         return Check("answers", False, "the model gives no logits")
     different = recorded.differences(answered)
+    quantization = manifest["model"].get("quantization")
+    if different and quantization and "quantization_config" not in cast(Any, model).config.to_dict():
+        found = f"recorded on weights quantised with {quantization}, which those of base_model are not: {'; '.join(different)}"
+        return Check("answers", None, found)
     same = "bit by bit" if answered.digest == recorded.digest else f"{recorded.metric} {answered.value:.6g}"
     return Check("answers", not different, "; ".join(different) or f"{len(recorded.predictions)} as recorded, {same}")
 

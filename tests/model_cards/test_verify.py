@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -156,6 +158,49 @@ def test_another_base_model(adapter):
     torch.manual_seed(5)
     other = make_tiny_llama(seed=5)
     assert found(verify(folder, base_model=other)) == {"files": True, "answers": False, "code": None}
+
+
+@pytest.mark.parametrize("make", [lora_model, roselora_model])
+def test_a_given_base_model_stays_as_it_is(tmp_path, make):
+    folder = save(make(), tmp_path / "adapter")
+    base = make_tiny_llama().train()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in base.state_dict().items()}
+    assert found(verify(folder, base_model=base))["answers"]
+    after = base.state_dict()
+    assert list(after) == list(before) and all(module.training for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert all(
+        after[name].data_ptr() == where and after[name].equal(tensor) for name, (where, tensor) in before.items()
+    )
+
+
+def test_an_adapter_of_a_quantised_base(adapter):
+    """On one that is not quantised, other answers prove nothing; the same answers do."""
+    folder, base = adapter
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["model"]["quantization"] = "bitsandbytes"
+    (folder / FILE).write_text(json.dumps(manifest))
+    assert found(verify(folder, base_model=base))["answers"]
+    verification = verify(folder, base_model=make_tiny_llama(seed=5))
+    assert found(verification)["answers"] is None and "quantised with bitsandbytes" in str(verification)
+
+
+def test_the_commit_of_the_base_model(adapter, tmp_path, monkeypatch):
+    """Another commit has taken its place on the Hub, here in the local cache."""
+    folder, base = adapter
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "models--user--base"
+    shutil.copytree(base, cached / "snapshots" / ("1" * 40))
+    make_tiny_llama(seed=5).save_pretrained(cached / "snapshots" / ("2" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("2" * 40)
+    verification = verify(folder)
+    assert found(verification)["answers"] is False and "predictions differ" in str(verification)
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["model"]["base_commit"] = "1" * 40
+    (folder / FILE).write_text(json.dumps(manifest))
+    assert found(verify(folder))["answers"]
 
 
 def test_a_base_that_is_not_there(adapter):
