@@ -64,7 +64,8 @@ def verify(
     Args:
         folder_or_repo: a folder, or a Hub id.
         base_model: of an adapter: an id, a folder or a loaded model; what the card names if absent.
-        run_snippet: runs code from the card in a process of its own, without a network: only for cards that you trust.
+        run_snippet: runs code from the card in a process of its own, told to work offline and refused connections from itself, but with the
+            rights of its user: only for cards that you trust.
 
     Raises:
         ValueError: there is no manifest or a damaged one, or neither a folder nor a Hub id.
@@ -141,6 +142,8 @@ def _short(error: Exception) -> str:
 
 def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_model: str | nn.Module | None) -> Check:
     recorded = manifest["snippet"]
+    if not (folder / "README.md").is_file():
+        return Check("code", False, "README.md is missing")
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     code = code_of(card.text)
     if recorded is None or code is None:

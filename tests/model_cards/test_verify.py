@@ -218,6 +218,12 @@ def test_code_that_prints_something_else(adapter):
     assert checks["code"].holds is False and "prints something else" in checks["code"].found
 
 
+def test_no_card(adapter):
+    folder, base = adapter
+    (folder / "README.md").unlink()
+    assert "FAILS: code: README.md is missing" in str(verify(folder, base_model=base, run_snippet=True))
+
+
 def test_paths_outside_of_the_folder_are_not_read(adapter):
     folder, base = adapter
     manifest = json.loads((folder / FILE).read_text())
