@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,21 +136,36 @@ def load(
     """The model of a saved folder, by its own library; code that comes with it is not run.
 
     Args:
-        recorded: `class` and `num_labels` of the model, from the manifest.
+        recorded: `class` and `num_labels` of the model, from the manifest; `base_commit` of its base model, if that is known.
         dtype: of the weights.
-        base_model: of an adapter: a folder, a Hub id or a loaded model; what `adapter_config.json` names if absent.
+        base_model: of an adapter: a folder, a Hub id or a loaded model, which stays as it is; what `adapter_config.json` names
+            if absent.
 
     Raises:
         ValueError: the base model of an adapter is not known, or transformers has no such class.
     """
-    cls = getattr(transformers, recorded["class"], None)
+    cls = getattr(transformers, str(recorded["class"]), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise ValueError(f"transformers has no model class {recorded['class']!r}; upgrade it")
-    labels = {"num_labels": recorded["num_labels"], "ignore_mismatched_sizes": True} if recorded["num_labels"] else {}
     if not (folder / "adapter_config.json").is_file():
         return cls.from_pretrained(folder, dtype=dtype)
-    named = base_model or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if isinstance(base_model, nn.Module):
+        return PeftModel.from_pretrained(_twin(base_model), str(folder))
+    stated = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    named = base_model or stated
     if named is None:
         raise ValueError("the adapter does not name its base model; pass base_model=")
-    base = named if isinstance(named, nn.Module) else cls.from_pretrained(named, dtype=dtype, **labels)
-    return PeftModel.from_pretrained(base, str(folder))
+    settings: dict[str, Any] = {"dtype": dtype}
+    if recorded["num_labels"]:
+        settings |= {"num_labels": recorded["num_labels"], "ignore_mismatched_sizes": True}
+    if named == stated and not Path(named).is_dir() and recorded.get("base_commit"):
+        # Of another base model, which somebody chose, the commit says nothing.
+        settings["revision"] = recorded["base_commit"]
+    return PeftModel.from_pretrained(cls.from_pretrained(named, **settings), str(folder))
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A model with modules and parameters of its own, whose numbers are the same memory: PEFT replaces and freezes its parts."""
+    shared: dict[int, Any] = {id(parameter): copy.copy(parameter) for parameter in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -41,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
-        ValueError: there is none, it is no JSON, or of a later schema.
+        ValueError: there is none, it is no JSON, of a later schema, or lacks a part; the message names the key.
     """
     file = folder / FILE
     if not file.is_file():
@@ -53,6 +54,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{FILE} is not a manifest ({error!r}); fetch it again.") from None
     if schema != SCHEMA:
         raise ValueError(f"{FILE} has schema {schema!r}, this version of hf_ext reads {SCHEMA}; upgrade hf_ext.")
+    files, model, snippet = (manifest.get(key) for key in ("files", "model", "snippet"))
+    sound = {
+        "files": isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()),
+        "model": isinstance(model, dict)
+        and isinstance(model.get("class", 0), str | NoneType)
+        and isinstance(model.get("num_labels"), int | NoneType),
+        "probe": "probe" in manifest and isinstance(manifest["probe"], dict | NoneType),
+        "snippet": "snippet" in manifest
+        and (snippet is None or (isinstance(snippet, dict) and isinstance(snippet.get("output_sha256"), str))),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            given = repr(manifest[key])[:80] if key in manifest else "missing"
+            raise ValueError(f"{FILE} is damaged: {key!r} is {given}; fetch it again.")
     return manifest
 
 

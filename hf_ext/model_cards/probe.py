@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -22,6 +23,9 @@ _AT_ONCE = 4
 _RELATIVE = {"float32": 1e-3, "float64": 1e-3}
 _RELATIVE_LOW = 3e-2
 _MAY_DIFFER = 2
+# Logits of a classifier are recorded where they are few, and may differ by this share of how much they vary over the examples.
+_FEW = 64
+_SHARE, _SHARE_LOW = 0.05, 0.2
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Probe:
         value: mean over the examples.
         predictions: the most probable token or class of every example, at its last position.
         digest: sha256 of the logits in float32, for a comparison bit by bit on one machine.
+        logits: of every example at its last position, in 4 significant digits; `None` for a model that writes, or of many classes.
     """
 
     inputs: list[list[int]] | None
@@ -47,26 +52,55 @@ class Probe:
     value: float
     predictions: list[int]
     digest: str
+    logits: list[list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with a line for every example."""
-        rows = None if self.inputs is None else [" ".join(map(str, row)) for row in self.inputs]
-        return {**asdict(self), "inputs": rows, "predictions": " ".join(map(str, self.predictions))}
+        lines = {
+            key: None if rows is None else [" ".join(map(str, row)) for row in rows]
+            for key, rows in (("inputs", self.inputs), ("logits", self.logits))
+        }
+        return {**asdict(self), **lines, "predictions": " ".join(map(str, self.predictions))}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Probe:
         """What `to_dict` gave.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else; the message names the key.
         """
         try:
             numbers: dict[str, Any] = {"predictions": [int(word) for word in data["predictions"].split()]}
             if data["inputs"] is not None:
                 numbers["inputs"] = [[int(word) for word in row.split()] for row in data["inputs"]]
-            return cls(**{**data, **numbers})
+            if data.get("logits") is not None:
+                numbers["logits"] = [[float(word) for word in row.split()] for row in data["logits"]]
+            probe = cls(**{**data, **numbers})
+            damaged = probe._damaged()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the recorded probe is damaged ({error!r}); fetch the files again.") from None
+        if damaged:
+            raise ValueError(
+                f"the recorded probe is damaged: {damaged!r} is {data[damaged]!r:.80}; fetch the files again."
+            )
+        return probe
+
+    def _damaged(self) -> str | None:
+        """The first key whose value cannot have been recorded."""
+        pictures = isinstance(self.shape, list) and len(self.shape) == 3 and all(size > 0 for size in self.shape)
+        rows = self.inputs
+        sound = {
+            "inputs": pictures if rows is None else bool(rows) and all(row and min(row) >= 0 for row in rows),
+            "seed": isinstance(self.seed, int),
+            "dtype": isinstance(getattr(torch, str(self.dtype), None), torch.dtype),
+            "metric": isinstance(self.metric, str),
+            "value": isinstance(self.value, int | float) and math.isfinite(self.value),
+            "predictions": len(self.predictions) == (EXAMPLES if rows is None else len(rows)),
+            "digest": isinstance(self.digest, str),
+            "logits": self.logits is None
+            or (len(self.logits) == len(self.predictions) and len({len(row) for row in self.logits}) == 1),
+        }
+        return next((key for key, is_sound in sound.items() if not is_sound), None)
 
     def differences(self, other: Probe) -> list[str]:
         """In what `other`, answered again, differs by more than rounding."""
@@ -77,7 +111,20 @@ class Probe:
         changed = sum(ours != theirs for ours, theirs in zip(self.predictions, other.predictions, strict=True))
         if changed > _MAY_DIFFER:
             found.append(f"{changed} of {len(self.predictions)} predictions differ")
+        if self.logits is not None:
+            changed = _far(torch.tensor(self.logits), torch.tensor(other.logits or []), relative)
+            if changed > _MAY_DIFFER:
+                found.append(f"the logits of {changed} of {len(self.predictions)} examples differ")
         return found
+
+
+def _far(recorded: Tensor, answered: Tensor, relative: float) -> int:
+    """How many of the examples, (n, classes) both, have a logit that differs by more than rounding."""
+    if recorded.shape != answered.shape:
+        return len(recorded)
+    spread = (recorded.amax(0) - recorded.amin(0)).max()
+    allowed = relative * recorded.abs() + (_SHARE_LOW if relative == _RELATIVE_LOW else _SHARE) * spread
+    return int((~((recorded - answered).abs() <= allowed)).any(-1).sum())
 
 
 def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -98,12 +145,26 @@ def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -
 def record(model: nn.Module, inputs: list[list[int]] | None = None, seed: int = 0) -> Probe | None:
     """Ask the model; `None` for a model that takes neither token ids nor pictures, or answers with no logits.
 
+    A model that cannot be asked, because it needs other arguments or more memory, gives `None` and a warning with the reason.
+
     Args:
         model: a transformers model or a `PeftModel`, on any device.
         inputs: token ids; drawn from the vocabulary if absent.
         seed: of what is drawn.
     """
-    config: Any = model.config
+    try:
+        return _recorded(model, inputs, seed)
+    except Exception as error:  # whatever a forward pass raises: without answers a model can still be published
+        warnings.warn(
+            f"no answers of this {type(model).__name__} were recorded, so `verify` cannot compare them: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _recorded(model: Any, inputs: list[list[int]] | None, seed: int) -> Probe | None:
+    config = model.config
     shape = None
     if main_input(model) == "pixel_values" and isinstance(config.to_dict().get("image_size"), int):
         shape = [config.num_channels, config.image_size, config.image_size]
@@ -117,7 +178,15 @@ def record(model: nn.Module, inputs: list[list[int]] | None = None, seed: int = 
 
 
 def repeat(model: nn.Module, probe: Probe) -> Probe | None:
-    """The same questions again."""
+    """The same questions again.
+
+    Raises:
+        ValueError: the model does not know a token of the probe.
+    """
+    known = cast(Any, model).config.get_text_config().to_dict().get("vocab_size", math.inf)
+    highest = max(map(max, probe.inputs or [[0]]))
+    if highest >= known:
+        raise ValueError(f"the recorded probe asks for token {highest}, and the model has {known}")
     return _asked(model, probe.inputs, probe.shape, probe.seed)
 
 
@@ -136,40 +205,61 @@ def _asked(model: Any, inputs: list[list[int]] | None, shape: list[int] | None, 
     writes = _core(model).can_generate()
     values: list[float] = []
     predictions: list[int] = []
+    last: list[list[float]] = []
     digest = hashlib.sha256()
     with evaluating(model):
-        for batch in _batches(inputs, shape, seed, weight):
+        for batch in _batches(inputs, shape, seed, weight, _at_once(model, inputs, writes)):
             logits = model(**batch).get("logits")
             if not isinstance(logits, Tensor):
                 return None
+            if logits.ndim not in (2, 3):
+                raise ValueError(
+                    f"it answers with logits of shape {tuple(logits.shape)}, not with a class or with tokens"
+                )
             logits = logits.float().cpu()
-            digest.update(logits.numpy().tobytes())
+            if logits.ndim == 3 and inputs is not None:
+                # Prompt tuning and its kin put virtual tokens in front.
+                logits = logits[:, -batch["input_ids"].shape[1] :]
+            digest.update(logits.contiguous().numpy().tobytes())
             values += _losses(logits, batch["input_ids"].cpu()) if writes else logits.logsumexp(-1).flatten().tolist()
-            predictions += (logits[:, -1] if logits.ndim == 3 else logits).argmax(-1).tolist()
+            final = logits[:, -1] if logits.ndim == 3 else logits
+            predictions += final.argmax(-1).tolist()
+            if not writes and final.shape[-1] <= _FEW:
+                last += [[float(f"{logit:.4g}") for logit in row] for row in final.tolist()]
+    value = sum(values) / len(values)
+    if not math.isfinite(value):
+        raise ValueError(f"its mean answer is {value}")
     return Probe(
         inputs=inputs,
         seed=seed,
         shape=shape,
         dtype=str(weight.dtype).removeprefix("torch."),
         metric="loss of the next token" if writes else "log-sum-exp of the logits",
-        value=float(f"{sum(values) / len(values):.6g}"),
+        value=float(f"{value:.6g}"),
         predictions=predictions,
         digest=digest.hexdigest(),
+        logits=last or None,
     )
 
 
+def _at_once(model: Any, inputs: list[list[int]] | None, writes: bool) -> int:
+    """How many examples a batch holds. Rows go one by one where they would have to be padded, or where a classifier looks for padding."""
+    if inputs is None:
+        return _AT_ONCE
+    pads = writes or model.config.get_text_config().to_dict().get("pad_token_id") is not None
+    return _AT_ONCE if pads and len({len(row) for row in inputs}) == 1 else 1
+
+
 def _batches(
-    inputs: list[list[int]] | None, shape: list[int] | None, seed: int, weight: Tensor
+    inputs: list[list[int]] | None, shape: list[int] | None, seed: int, weight: Tensor, at_once: int
 ) -> Iterator[dict[str, Tensor]]:
     if inputs is not None:
-        # Rows of different lengths go one by one, so that nothing has to be padded.
-        at_once = _AT_ONCE if len({len(row) for row in inputs}) == 1 else 1
         for start in range(0, len(inputs), at_once):
             tokens = torch.tensor(inputs[start : start + at_once], device=weight.device)
             yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         return
     pictures = torch.randn(EXAMPLES, *(shape or ()), generator=torch.Generator().manual_seed(seed))
-    for batch in pictures.split(_AT_ONCE):
+    for batch in pictures.split(at_once):
         yield {"pixel_values": batch.to(weight.device, weight.dtype)}
 
 

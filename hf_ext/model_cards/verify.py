@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
@@ -13,8 +13,9 @@ from torch import nn
 
 from hf_ext.model_cards import running
 from hf_ext.model_cards.base_model import REPO_ID, file_digest
+from hf_ext.model_cards.folder_rules import PICKLES
 from hf_ext.model_cards.loading import load
-from hf_ext.model_cards.manifest import FILE, read_manifest
+from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.probe import Probe, repeat
 from hf_ext.model_cards.running import SnippetError, code_of
 
@@ -56,17 +57,18 @@ def verify(
 ) -> Verification:
     """Compare a folder or a repository with what `publish` or `save` recorded beside its card.
 
-    1. Every file has the sha256 that was recorded, and none was added.
+    1. Every file has the sha256 that was recorded, and none was added that could run: Python or a pickle. Others are told.
     2. The model is loaded as the card says and asked the recorded questions: same answers, up to rounding.
     3. With `run_snippet`, the code of the card prints what it printed then.
 
     Args:
         folder_or_repo: a folder, or a Hub id.
         base_model: of an adapter: an id, a folder or a loaded model; what the card names if absent.
-        run_snippet: runs code from the card in a process of its own, without a network: only for cards that you trust.
+        run_snippet: runs code from the card in a process of its own, told to work offline and refused connections from itself, but with the
+            rights of its user: only for cards that you trust.
 
     Raises:
-        ValueError: there is no manifest, or neither a folder nor a Hub id.
+        ValueError: there is no manifest or a damaged one, or neither a folder nor a Hub id.
     """
     folder, repo_id = _located(folder_or_repo, revision, token)
     manifest = read_manifest(folder)
@@ -95,8 +97,15 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Check:
     changed = sorted(
         name for name, digest in recorded.items() if name not in missing and file_digest(folder / name) != digest
     )
-    told = [f"{what} {', '.join(names)}" for what, names in (("missing", missing), ("changed", changed)) if names]
-    return Check("files", not told, "; ".join(told) or f"{len(recorded)} files as recorded in {FILE}")
+    added = [name for name in files_of(folder) if name not in recorded and not name.startswith(".git/")]
+    runs = [name for name in added if Path(name).suffix.lower() in (".py", *PICKLES)]
+    told = {"missing": missing, "changed": changed, "added and can run code": runs}
+    holds = not any(told.values())
+    told["added"] = [name for name in added if name not in runs]
+    words = [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+    if holds:
+        words[:0] = [f"{len(recorded)} files as recorded in {FILE}"]
+    return Check("files", holds, "; ".join(words))
 
 
 def _inside(folder: Path, name: str) -> bool:
@@ -111,17 +120,30 @@ def _answers(folder: Path, manifest: dict[str, Any], base_model: str | nn.Module
     try:
         model = load(folder, manifest["model"], getattr(torch, recorded.dtype), base_model)
     except Exception as error:  # whatever the libraries make of files that are not what they were
-        return Check("answers", False, f"the model cannot be loaded: {' '.join(str(error).split())[:300]}")
-    answered = repeat(model, recorded)
+        return Check("answers", False, f"the model cannot be loaded: {_short(error)}")
+    try:
+        answered = repeat(model, recorded)
+    except Exception as error:  # as above
+        return Check("answers", False, f"the model cannot be asked: {_short(error)}")
     if answered is None:
         return Check("answers", False, "the model gives no logits")
     different = recorded.differences(answered)
+    quantization = manifest["model"].get("quantization")
+    if different and quantization and "quantization_config" not in cast(Any, model).config.to_dict():
+        found = f"recorded on weights quantised with {quantization}, which those of base_model are not: {'; '.join(different)}"
+        return Check("answers", None, found)
     same = "bit by bit" if answered.digest == recorded.digest else f"{recorded.metric} {answered.value:.6g}"
     return Check("answers", not different, "; ".join(different) or f"{len(recorded.predictions)} as recorded, {same}")
 
 
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_model: str | nn.Module | None) -> Check:
     recorded = manifest["snippet"]
+    if not (folder / "README.md").is_file():
+        return Check("code", False, "README.md is missing")
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     code = code_of(card.text)
     if recorded is None or code is None:

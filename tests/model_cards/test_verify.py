@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from huggingface_hub import constants
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_ext import LorVpConfig
 from hf_ext.model_cards import save, verify
 from hf_ext.model_cards.manifest import FILE
+from hf_ext.model_cards.probe import Probe, record
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, roselora_model
 
@@ -43,6 +56,63 @@ def test_other_models(tmp_path, make):
     assert found(verify(folder, base_model=make_tiny_llama()))["answers"]
 
 
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens(tmp_path, config):
+    model = get_peft_model(make_tiny_llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    folder = save(model, tmp_path / "adapter")
+    probe = json.loads((folder / FILE).read_text())["probe"]
+    assert probe["metric"] == "loss of the next token" and len(probe["predictions"].split()) == 32
+    assert found(verify(folder, base_model=make_tiny_llama()))["answers"]
+
+
+def test_a_classifier_without_padding(tmp_path):
+    config = make_tiny_llama().config
+    config.pad_token_id = None
+    folder = save(LlamaForSequenceClassification(config), tmp_path / "model")
+    assert found(verify(folder))["answers"]
+
+
+def clip() -> CLIPModel:
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=vision, projection_dim=8))
+
+
+def bert(cls, **fields):
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    return cls(BertConfig(**small, **fields)).eval()
+
+
+@pytest.mark.parametrize("make", [clip, lambda: bert(BertForMultipleChoice)], ids=["clip", "multiple-choice"])
+def test_a_model_that_cannot_be_asked_is_saved_all_the_same(tmp_path, make):
+    with pytest.warns(UserWarning, match="no answers of this .* were recorded.*Error: "):
+        folder = save(make(), tmp_path / "model")
+    assert found(verify(folder))["answers"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_classifier_that_lost_its_embeddings(tmp_path, dtype):
+    """Two classes and small logits: their mean and the predictions hardly change."""
+    torch.manual_seed(0)
+    model = bert(BertForSequenceClassification, num_labels=2).to(dtype)
+    folder = save(model, tmp_path / "model")
+    assert found(verify(folder))["answers"]
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.zero_()
+    model.save_pretrained(folder)
+    verification = verify(folder)
+    assert found(verification)["answers"] is False and "of 32 examples differ" in str(verification)
+
+
+def test_logits_may_differ_by_rounding():
+    """Recorded in 32 bits, answered in 16."""
+    torch.manual_seed(0)
+    model = bert(BertForSequenceClassification, num_labels=3)
+    recorded, other = record(model), record(model.to(torch.bfloat16))
+    assert recorded.digest != other.digest and recorded.differences(other) == []
+    assert Probe.from_dict(recorded.to_dict()) == recorded and len(recorded.logits[0]) == 3
+
+
 def test_half_precision(tmp_path):
     folder = save(make_tiny_llama().to(torch.bfloat16), tmp_path / "model")
     assert json.loads((folder / FILE).read_text())["probe"]["dtype"] == "bfloat16"
@@ -64,7 +134,23 @@ def test_other_weights(adapter):
     save_file({name: 3 * tensor for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
     verification = verify(folder, base_model=base)
     assert found(verification) == {"files": False, "answers": False, "code": None} and not verification.holds
-    assert "changed adapter_model.safetensors" in str(verification) and "predictions differ" in str(verification)
+    assert "changed: adapter_model.safetensors" in str(verification) and "predictions differ" in str(verification)
+
+
+@pytest.mark.parametrize("name", ["modeling.py", "sub/optimizer.PT", "pytorch_model.bin"])
+def test_an_added_file_that_can_run(adapter, name):
+    folder, base = adapter
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("")
+    verification = verify(folder, base_model=base)
+    assert found(verification)["files"] is False and f"added and can run code: {name}" in str(verification)
+
+
+def test_an_added_picture_is_told(adapter):
+    folder, base = adapter
+    (folder / "plot.png").write_bytes(b"")
+    verification = verify(folder, base_model=base)
+    assert verification.holds and f"files as recorded in {FILE}; added: plot.png" in str(verification)
 
 
 def test_another_base_model(adapter):
@@ -72,6 +158,49 @@ def test_another_base_model(adapter):
     torch.manual_seed(5)
     other = make_tiny_llama(seed=5)
     assert found(verify(folder, base_model=other)) == {"files": True, "answers": False, "code": None}
+
+
+@pytest.mark.parametrize("make", [lora_model, roselora_model])
+def test_a_given_base_model_stays_as_it_is(tmp_path, make):
+    folder = save(make(), tmp_path / "adapter")
+    base = make_tiny_llama().train()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in base.state_dict().items()}
+    assert found(verify(folder, base_model=base))["answers"]
+    after = base.state_dict()
+    assert list(after) == list(before) and all(module.training for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert all(
+        after[name].data_ptr() == where and after[name].equal(tensor) for name, (where, tensor) in before.items()
+    )
+
+
+def test_an_adapter_of_a_quantised_base(adapter):
+    """On one that is not quantised, other answers prove nothing; the same answers do."""
+    folder, base = adapter
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["model"]["quantization"] = "bitsandbytes"
+    (folder / FILE).write_text(json.dumps(manifest))
+    assert found(verify(folder, base_model=base))["answers"]
+    verification = verify(folder, base_model=make_tiny_llama(seed=5))
+    assert found(verification)["answers"] is None and "quantised with bitsandbytes" in str(verification)
+
+
+def test_the_commit_of_the_base_model(adapter, tmp_path, monkeypatch):
+    """Another commit has taken its place on the Hub, here in the local cache."""
+    folder, base = adapter
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "cache" / "models--user--base"
+    shutil.copytree(base, cached / "snapshots" / ("1" * 40))
+    make_tiny_llama(seed=5).save_pretrained(cached / "snapshots" / ("2" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("2" * 40)
+    verification = verify(folder)
+    assert found(verification)["answers"] is False and "predictions differ" in str(verification)
+    manifest = json.loads((folder / FILE).read_text())
+    manifest["model"]["base_commit"] = "1" * 40
+    (folder / FILE).write_text(json.dumps(manifest))
+    assert found(verify(folder))["answers"]
 
 
 def test_a_base_that_is_not_there(adapter):
@@ -89,12 +218,18 @@ def test_code_that_prints_something_else(adapter):
     assert checks["code"].holds is False and "prints something else" in checks["code"].found
 
 
+def test_no_card(adapter):
+    folder, base = adapter
+    (folder / "README.md").unlink()
+    assert "FAILS: code: README.md is missing" in str(verify(folder, base_model=base, run_snippet=True))
+
+
 def test_paths_outside_of_the_folder_are_not_read(adapter):
     folder, base = adapter
     manifest = json.loads((folder / FILE).read_text())
     manifest["files"] = {"../base/config.json": "0"}
     (folder / FILE).write_text(json.dumps(manifest))
-    assert "missing ../base/config.json" in str(verify(folder, base_model=base))
+    assert "missing: ../base/config.json" in str(verify(folder, base_model=base))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +243,64 @@ def test_damaged_manifests(adapter, content, message):
         (folder / FILE).write_text(content)
     with pytest.raises(ValueError, match=message):
         verify(folder)
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("files", None),
+        ("files", []),
+        ("files", MISSING),
+        ("files", {"config.json": 1}),
+        ("model", MISSING),
+        ("model", {}),
+        ("model", {"class": "LlamaForCausalLM", "num_labels": "2"}),
+        ("probe", MISSING),
+        ("probe", []),
+        ("snippet", MISSING),
+        ("snippet", {}),
+        ("inputs", []),
+        ("inputs", [""] * 32),
+        ("inputs", ["1 -2"] * 32),
+        ("inputs", None),
+        ("value", "low"),
+        ("value", float("nan")),
+        ("predictions", "1 2 3"),
+        ("predictions", MISSING),
+        ("dtype", "float33"),
+        ("dtype", None),
+        ("seed", None),
+    ],
+    ids=lambda value: "missing" if value is MISSING else str(value)[:20],
+)
+def test_damaged_parts_are_named(damaged_at, key, value):
+    with pytest.raises(ValueError, match=f"damaged.*{key}.*fetch"):
+        damaged_at(key, value)
+
+
+@pytest.fixture
+def damaged_at(tmp_path):
+    """Verifies a model after one part of its manifest, or of the probe in it, was replaced."""
+    folder = save(make_tiny_llama(), tmp_path / "model")
+
+    def verified(key, value):
+        manifest = json.loads((folder / FILE).read_text())
+        part = manifest if key in manifest else manifest["probe"]
+        part[key] = value
+        if value is MISSING:
+            del part[key]
+        (folder / FILE).write_text(json.dumps(manifest))
+        return verify(folder)
+
+    return verified
+
+
+def test_tokens_that_the_model_does_not_have(damaged_at):
+    verification = damaged_at("inputs", ["1 2 1000000000000"] * 32)
+    assert "cannot be asked: ValueError: the recorded probe asks for token 1000000000000" in str(verification)
 
 
 def test_neither_folder_nor_repository():
