@@ -12,7 +12,8 @@ LOCAL_PATH = re.compile(
     r"|(?<!\w)~/[\w.+-]+(?:/[\w.+-]+)*"  # ~/model
     r"|(?<!\w)[A-Za-z]:\\[^\s\"'`|]+"  # C:\models\model
 )
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+# Bounded, and begun only where a word begins: a long run of letters would take quadratic time otherwise.
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
 
 
 def without_paths(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH
 from hf_ext.model_cards.running import NOT_RUN, code_of
-from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, content, is_stated
+from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
 from hf_ext.registry import METHODS
 
 _LOADED = re.compile(
@@ -17,6 +17,9 @@ _LOADED = re.compile(
     re.MULTILINE,
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.IGNORECASE)
+
+# So many instances of one finding are named.
+_NAMED = 8
 
 Findings = Iterator[tuple[str, str]]
 
@@ -40,15 +43,17 @@ def _wording(text: str) -> Findings:
     ):
         found = sorted({match[0] for match in pattern.finditer(prose)})
         if found:
-            yield rule, f"the text contains {', '.join(map(repr, found))}: {advice}"
+            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            yield rule, f"the text contains {', '.join(map(repr, found[:_NAMED]))}{more}: {advice}"
 
 
 def _sections(text: str) -> Findings:
+    found = bodies(text)
     for section in SECTIONS:
-        if not is_stated(text, section):
-            lack = "is not there" if content(text, section) is None else "says nothing"
+        if not is_stated(found, section):
+            lack = "is not there" if content(found, section) is None else "says nothing"
             yield section.rule, f"the section on {section.name} {lack}; {section.remedy}"
-    if not is_stated(text, OUT_OF_SCOPE):
+    if not is_stated(found, OUT_OF_SCOPE):
         yield "out-of-scope", f"nothing says what the model is not for; {OUT_OF_SCOPE.remedy}"
 
 
@@ -68,13 +73,21 @@ def _snippet(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
 
 def _numbers(text: str, data: dict[str, Any]) -> Findings:
     """Results that the text tells otherwise than the metadata."""
-    for name, value in _metrics(data):
-        rows = [
-            line for line in text.splitlines() if line.startswith("|") and _first_cell(line) == name.replace("|", "/")
-        ]
-        told = [number for line in rows for number in _NUMBER.findall(line.split("|", 2)[2])]
-        if told and not any(_same(number, value) for number in told):
-            yield "metric-text", f"{name!r} is {value:g} in the metadata and {told[0]} in the text"
+    values = list(_metrics(data))
+    told = _told_numbers(text, {name.replace("|", "/") for name, _ in values})
+    for name, value in values:
+        numbers = told.get(name.replace("|", "/"), [])
+        if numbers and not any(_same(number, value) for number in numbers):
+            yield "metric-text", f"{name!r} is {value:g} in the metadata and {numbers[0]} in the text"
+
+
+def _told_numbers(text: str, names: set[str]) -> dict[str, list[str]]:
+    """Name of a metric to the numbers in the rows of tables that begin with it."""
+    told: dict[str, list[str]] = {}
+    for line in text.splitlines() if names else []:
+        if line.startswith("|") and (name := _first_cell(line)) in names:
+            told.setdefault(name, []).extend(_NUMBER.findall(line.split("|", 2)[2]))
+    return told
 
 
 def _metrics(data: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from datasets import Dataset
@@ -229,6 +231,36 @@ def test_results_of_benchmarks(tmp_path, entries):
     (tmp_path / ".eval_results").mkdir()
     (tmp_path / ".eval_results" / "results.yaml").write_text(entries)
     assert rules(validate(tmp_path).errors) == ["eval-results"]
+
+
+LENGTH = 200_000
+LONG = {
+    "heading": "# a" + " " * LENGTH + "b",
+    "blank lines": "\n" * LENGTH,
+    "comments": "<!--" * (LENGTH // 4),
+    "letters": "a" * LENGTH,
+    "item": "-" + " " * LENGTH + "b",
+    "items": "- a:\n" * (LENGTH // 5),
+    "headings": "# factors\n" * (LENGTH // 10),
+    "path": "/a" * (LENGTH // 2),
+    "home": " /home/" + "a " * (LENGTH // 2),
+    "drives": "C:\\a b " * (LENGTH // 7),
+    "shares": "\\\\ab" * (LENGTH // 4),
+    "addresses": "a@a.a." * (LENGTH // 6),
+    "tokens": "hf_" * (LENGTH // 3),
+    "loading": "```python\n" + "from_pretrained(' " * (LENGTH // 18) + "\n```",
+    "blocks": "```python\n" * (LENGTH // 10),
+    "numbers": "| a | " + "1" * LENGTH + " |\n",
+    "rows": "| a | 0.5 |\n" * (LENGTH // 12),
+}
+
+
+@pytest.mark.parametrize("shape", LONG)
+def test_time_grows_with_the_length_only(shape):
+    """Patterns that take quadratic time need minutes for these; a quarter of a second is usual."""
+    start = time.process_time()
+    validate(card(GOOD_DATA + index(), GOOD_TEXT + LONG[shape]))
+    assert time.process_time() - start < 2.5
 
 
 def test_missing_folder(tmp_path):
