@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -17,6 +16,7 @@ from hf_ext.model_cards.folder_rules import file_errors, file_warnings
 from hf_ext.model_cards.leaks import TOKEN
 from hf_ext.model_cards.metadata_rules import metadata_errors, metadata_warnings
 from hf_ext.model_cards.text_rules import text_warnings
+from hf_ext.model_cards.yaml_text import load
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def _metadata(content: str) -> tuple[dict[str, Any], Finding | None]:
     if block is None:
         return {}, Finding("metadata-missing", "the card does not begin with a YAML block between two lines '---'")
     try:
-        data = yaml.safe_load(block[2]) or {}
-    except yaml.YAMLError as error:
-        return {}, Finding("metadata-yaml", f"the metadata is not YAML: {' '.join(str(error).split())}")
+        data = load(block[2]) or {}
+    except ValueError as error:
+        return {}, Finding("metadata-yaml", f"the metadata is not YAML: {error}")
     if not isinstance(data, dict):
         return {}, Finding("metadata-mapping", f"the metadata is a {type(data).__name__}; it must be key: value lines")
     return data, None

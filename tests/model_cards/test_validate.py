@@ -149,12 +149,21 @@ def test_errors(rule, line):
     assert set(rules(report.warnings)) <= {"no-license"}
 
 
+ALIASES = "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+
+
 @pytest.mark.parametrize(
     ("rule", "content"),
     [
         ("metadata-missing", GOOD_TEXT),
         ("metadata-yaml", "---\na: b: c\n---\n"),
         ("metadata-mapping", "---\n- a\n---\n"),
+        ("metadata-yaml", "---\na: 2001-99-99\n---\n"),
+        ("metadata-yaml", "---\na: !!bool b\n---\n"),
+        ("metadata-yaml", f"---\na: {'[' * 50_000}\n---\n"),
+        ("metadata-yaml", f"---\na: [{'1,' * 150_000}]\n---\n"),
+        ("metadata-yaml", "---\na: &a [*a]\n---\n"),
+        ("metadata-yaml", f"---\na0: &a0 [1]\n{ALIASES}---\n"),
     ],
 )
 def test_metadata_block(rule, content):
