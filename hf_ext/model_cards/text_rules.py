@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH
+from hf_ext.model_cards.model_index import is_finite_number, stated_results
 from hf_ext.model_cards.running import NOT_RUN, code_of
 from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
 from hf_ext.registry import METHODS
@@ -30,8 +30,13 @@ def text_warnings(text: str, data: dict[str, Any], repo_id: str | None) -> Findi
     yield from _snippet(text, data, repo_id)
     yield from _numbers(text, data)
     for method in METHODS:
-        if method.slug in (data.get("tags") or []) and method.arxiv not in text:
+        if method.slug in _texts(data.get("tags")) and method.arxiv not in text:
             yield "no-citation", f"the tag {method.slug!r} is set, but the paper {method.paper_url} is not cited"
+
+
+def _texts(value: Any) -> list[str]:
+    """The text, or the texts in the list, that a key of the metadata gives."""
+    return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
 
 
 def _wording(text: str) -> Findings:
@@ -64,8 +69,7 @@ def _snippet(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
         return
     if NOT_RUN in text:
         yield "snippet-not-run", "the code of the card was not run; publish with run_snippet=True"
-    bases = data.get("base_model") or []
-    known = {repo_id, *(bases if isinstance(bases, list) else [bases])}
+    known = {repo_id, *_texts(data.get("base_model"))}
     others = sorted({name for pair in _LOADED.findall(code) for name in pair if "/" in name} - known)
     if repo_id is not None and others:
         yield "snippet-repo", f"the code loads {', '.join(others)}, which is neither {repo_id} nor its base model"
@@ -91,12 +95,10 @@ def _told_numbers(text: str, names: set[str]) -> dict[str, list[str]]:
 
 
 def _metrics(data: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for entry in data.get("model-index") or []:
-        for result in entry.get("results") or [] if isinstance(entry, dict) else []:
-            for metric in (result.get("metrics") or []) if isinstance(result, dict) else []:
-                value = metric.get("value") if isinstance(metric, dict) else None
-                if isinstance(value, int | float) and math.isfinite(value) and isinstance(metric.get("name"), str):
-                    yield metric["name"], float(value)
+    for result in stated_results(data)[0]:
+        for metric in result.metrics:
+            if is_finite_number(metric["value"]) and metric.get("name"):
+                yield metric["name"], float(metric["value"])
 
 
 def _first_cell(line: str) -> str:

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings, strategies
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -80,6 +82,49 @@ MORE_ERRORS = [
     ("metric-value", index("[{type: m, value: [1], args: {n: 3}}]")),
     ("emissions", "co2_eq_emissions: .inf"),
 ]
+STRANGE = [
+    ("license", "license: {a: b}"),
+    ("license", "license: [[mit]]"),
+    ("pipeline-tag", "pipeline_tag: [a]"),
+    ("base-model-relation", "base_model_relation: [a]"),
+    ("tags", "tags: 5"),
+    ("language", "language: [[en]]"),
+    ("model-index", "model-index: 5"),
+    ("model-index", "model-index: [{name: a, results: 5}]"),
+    ("model-index", index("5")),
+    ("model-index", index("[5]")),
+    ("model-index", index("[{type: [a], value: 1}]")),
+    ("model-index", index(result="task: [a]\n    dataset: {type: b, name: c}\n    metrics: ")),
+    ("model-index", index(result="task: {type: a}\n    dataset: {type: b, name: [c]}\n    metrics: ")),
+    ("model-index", index(result="source: 5\n    " + RESULT)),
+    ("metric-value", index(f"[{{type: m, value: 1{'0' * 400}, args: {{n: 3}}}}]")),
+    ("metric-value", index("[{type: m, value: {a: b}, args: {n: 3}}]")),
+    ("emissions", f"co2_eq_emissions: 1{'0' * 400}"),
+    ("emissions", f"co2_eq_emissions: {{emissions: 0x{'f' * 9000}}}"),
+]
+KEYS = [
+    *("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "language", "library_name", "license"),
+    *("license_link", "license_name", "model-index", "new_version", "pipeline_tag", "tags"),
+]
+VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.dates()
+    | strategies.sampled_from(["other", "a/b", "peft", "unlearning", "10" * 300]),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(
+            strategies.sampled_from(
+                ["results", "task", "dataset", "metrics", "type", "name", "value", "args", "n", "source", 1, None]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
 SECTION_RULES = {
     "section-model-details": "Model_details",
     "section-intended-use": "Intended_use",
@@ -142,7 +187,7 @@ def test_a_good_card_has_no_findings():
     assert str(validate(ModelCard(card()))) == "no findings"
 
 
-@pytest.mark.parametrize(("rule", "line"), [*ERRORS.items(), *MORE_ERRORS])
+@pytest.mark.parametrize(("rule", "line"), [*ERRORS.items(), *MORE_ERRORS, *STRANGE])
 def test_errors(rule, line):
     report = validate(card(replaced(line)))
     assert rules(report.errors) == [rule]
@@ -150,6 +195,18 @@ def test_errors(rule, line):
 
 
 ALIASES = "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+
+
+def test_strange_values_that_only_warn():
+    assert rules(validate(card(replaced("library_name: [x]"))).warnings) == ["library"]
+    assert rules(validate(card(GOOD_DATA + index("[{type: m, value: 1, args: {1: 2}}]"))).warnings) == ["no-interval"]
+
+
+@given(strategies.dictionaries(strategies.sampled_from(KEYS), VALUES, max_size=4), VALUES)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_no_metadata_end_in_a_traceback(data, result):
+    data = {"model-index": [{"name": "a", "results": [result]}], **data}
+    str(validate(f"---\n{yaml.safe_dump(data)}---\n{GOOD_TEXT}", repo_id="user/mine"))
 
 
 @pytest.mark.parametrize(
