@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from hf_ext.model_cards.yaml_text import told
 
@@ -77,7 +77,7 @@ def stated_results(data: dict[Any, Any]) -> tuple[list[Result], list[str]]:
     return results, problems
 
 
-def is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether it is a number that a float can hold."""
     return (
         isinstance(value, int | float)

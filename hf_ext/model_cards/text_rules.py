@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH
+from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, login_name, names_user
 from hf_ext.model_cards.model_index import is_finite_number, stated_results
 from hf_ext.model_cards.running import NOT_RUN, code_of
 from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
+from hf_ext.model_cards.yaml_text import told
 from hf_ext.registry import METHODS
 
 _LOADED = re.compile(
@@ -20,12 +21,14 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.IGNORECASE)
 
 # So many instances of one finding are named.
 _NAMED = 8
+_IDS = ("base_model", "datasets", "new_version")
 
 Findings = Iterator[tuple[str, str]]
 
 
 def text_warnings(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
     yield from _wording(text)
+    yield from _leaks(text, data)
     yield from _sections(text)
     yield from _snippet(text, data, repo_id)
     yield from _numbers(text, data)
@@ -40,16 +43,39 @@ def _texts(value: Any) -> list[str]:
 
 
 def _wording(text: str) -> Findings:
+    yield from _found("placeholder", PLACEHOLDER, text, "write the fact, or say that it was not measured")
+
+
+def _leaks(text: str, data: dict[str, Any]) -> Findings:
+    """What the text or the metadata tell about a machine or a person."""
+    # A paper's own entry may have addresses in it; the rules for ids name a path in the place of an id.
     prose = re.sub(r"```bibtex.*?```", "", text, flags=re.DOTALL)
-    for rule, pattern, advice in (
-        ("placeholder", PLACEHOLDER, "write the fact, or say that it was not measured"),
-        ("local-path", LOCAL_PATH, "it exists on one machine only"),
-        ("email", EMAIL, "published addresses are harvested"),
-    ):
-        found = sorted({match[0] for match in pattern.finditer(prose)})
-        if found:
-            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            yield rule, f"the text contains {', '.join(map(repr, found[:_NAMED]))}{more}: {advice}"
+    parts = "\n".join([prose, *_strings({key: value for key, value in data.items() if key not in _IDS})])
+    yield from _found("local-path", LOCAL_PATH, parts, "it exists on one machine only")
+    yield from _found("email", EMAIL, parts, "published addresses are harvested")
+    login = login_name()
+    if login is not None and names_user(parts, login):
+        yield "user-name", f"the card contains {login!r}, the name you are logged in with on this machine"
+
+
+def _found(rule: str, pattern: re.Pattern[str], text: str, advice: str) -> Findings:
+    found = sorted({match[0] for match in pattern.finditer(text)})
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        yield rule, f"the card contains {', '.join(map(told, found[:_NAMED]))}{more}: {advice}"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in nested metadata, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _strings(key)
+            yield from _strings(entry)
+    elif isinstance(value, list | tuple | set):
+        for entry in value:
+            yield from _strings(entry)
 
 
 def _sections(text: str) -> Findings:

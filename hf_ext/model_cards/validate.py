@@ -94,10 +94,11 @@ def _of_repo(repo_id: str) -> Report:
 
 
 def _check(report: Report, content: str, folder: Path | None, files: list[str], repo_id: str | None) -> None:
-    report.errors += [
-        Finding("token", f"the text contains the access token {found[:6]}…; revoke it")
-        for found in TOKEN.findall(content)
-    ]
+    tokens = sorted({f"{found[:6]}…" for found in TOKEN.findall(content)})
+    if tokens:
+        report.errors.append(
+            Finding("token", f"the card contains the access token {', '.join(tokens[:8])}; revoke it")
+        )
     data, problem = _metadata(content)
     if problem is not None:
         report.errors.append(problem)

@@ -235,8 +235,23 @@ def test_warnings(rule):
 
 def test_a_token_is_an_error_and_is_not_repeated():
     token = "hf_" + "Ab1" * 11
-    report = validate(card(body=GOOD_TEXT + token))
+    report = validate(card(body=f"{GOOD_TEXT}{token} sk-{'aB3' * 10}"))
     assert rules(report.errors) == ["token"] and token not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        ("local-path", "model_name: /home/jane/secret/out"),
+        ("local-path", "tags: ['base_model:adapter:/home/jane/models/x', /home/jane/y]"),
+        ("email", "co2_eq_emissions: {emissions: 0, source: someone@example.org}"),
+        ("user-name", "model_name: model of janedoe"),
+    ],
+)
+def test_leaks_in_the_metadata_and_the_text_are_one_finding(rule, line, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "janedoe")
+    for body in (GOOD_TEXT, WARNINGS.get(rule, GOOD_TEXT + "by janedoe")):
+        assert rules(validate(card(replaced(line), body)).warnings) == [rule]
 
 
 @pytest.mark.parametrize("name", SECTION_RULES.values())
