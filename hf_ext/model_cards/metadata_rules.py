@@ -30,6 +30,7 @@ def metadata_errors(data: dict[str, Any]) -> Findings:
     yield from (("model-index", problem) for problem in problems)
     for result in results:
         yield from _result(result)
+    yield from _repeated_metrics(results)
 
 
 def metadata_warnings(data: dict[str, Any]) -> Findings:
@@ -39,7 +40,7 @@ def metadata_warnings(data: dict[str, Any]) -> Findings:
     if library is not None and not _is_one_of(library, LIBRARIES):
         yield "library", f"library_name {told(library)} is none that the Hub knows; nobody finds the model by it"
     tags = data.get("tags")
-    if library == "peft" and not data.get("base_model"):
+    if library == "peft" and data.get("base_model", []) == []:
         yield "no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model="
     if library == "peft" and isinstance(tags, list) and "unlearning" in tags:
         yield (
@@ -110,7 +111,8 @@ def _license(data: dict[str, Any]) -> Findings:
 
 def _ids(data: dict[str, Any]) -> Findings:
     for key in ("base_model", "datasets", "new_version"):
-        for repo_id in _as_list(data[key]) if key in data else []:
+        several = isinstance(data.get(key), list) and key != "new_version"
+        for repo_id in (data[key] if several else [data[key]]) if key in data else []:
             if not _is_repo_id(repo_id):
                 yield (
                     f"{key.replace('_', '-')}-id",
@@ -166,7 +168,6 @@ def _emissions(data: dict[str, Any]) -> Findings:
 def _result(result: Result) -> Findings:
     if result.source.get("name") and not result.source.get("url"):
         yield "source-url", f"{result.place} names a source without its url"
-    seen = set()
     for metric in result.metrics:
         value = metric["value"]
         if not isinstance(value, str | bool) and not is_finite_number(value):
@@ -174,10 +175,16 @@ def _result(result: Result) -> Findings:
                 "metric-value",
                 f"{result.place}: the value of {metric['type']!r} is {told(value)}; it must be one finite number or text",
             )
-        identity = frozen({key: entry for key, entry in metric.items() if key != "value"})
-        if identity in seen:
-            yield (
-                "metric-twice",
-                f"{result.place} gives {metric.get('name', metric['type'])!r} twice; only one would be shown",
-            )
-        seen.add(identity)
+
+
+def _repeated_metrics(results: list[Result]) -> Findings:
+    """Metrics that differ in nothing but the value. The Hub joins results of one task, data set and source."""
+    seen, twice = set(), []
+    for result in results:
+        for metric in result.metrics:
+            rest = frozen({key: entry for key, entry in metric.items() if key not in ("value", "verifyToken")})
+            if (result.group, rest) in seen:
+                twice.append(f"{metric.get('name') or metric['type']} in {result.place}")
+            seen.add((result.group, rest))
+    if twice:
+        yield "metric-twice", f"{_listed(twice)}: given before for the same task and data; only one would be shown"

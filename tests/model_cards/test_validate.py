@@ -75,6 +75,12 @@ MORE_ERRORS = [
     ("language", "language: no"),
     ("language", "language: xx"),
     ("base-model-id", "base_model: [user/a, 'user//b']"),
+    ("base-model-id", "base_model: null"),
+    ("datasets-id", "datasets: null"),
+    ("new-version-id", "new_version: null"),
+    ("new-version-id", "new_version: [user/a, user/b]"),
+    ("metric-twice", index(f"{METRIC}\n  - {RESULT}{METRIC}")),
+    ("metric-twice", index(f"{METRIC}\n  - {RESULT}{METRIC}\n  - {RESULT}{METRIC}")),
     ("model-index", "model-index: text"),
     ("model-index", index(result="dataset: {type: b, name: c}\n    metrics: ")),
     ("model-index", index(result="task: {type: a}\n    dataset: {type: b}\n    metrics: ")),
@@ -195,6 +201,12 @@ def test_errors(rule, line):
 
 
 ALIASES = "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize("other", ["split: test", "config: en", "revision: abc"])
+def test_a_metric_of_other_data_is_another(other):
+    second = RESULT.replace("name: c", f"name: c, {other}") + METRIC
+    assert str(validate(card(GOOD_DATA + index(f"{METRIC}\n  - {second}")))) == "no findings"
 
 
 def test_strange_values_that_only_warn():
