@@ -53,7 +53,7 @@ def validate(card: ModelCard | str | Path, *, repo_id: str | None = None) -> Rep
     Raises:
         ValueError: neither a folder nor a Hub id.
     """
-    if isinstance(card, Path) or (isinstance(card, str) and "\n" not in card):
+    if isinstance(card, Path) or (isinstance(card, str) and not {"\n", "\r"} & set(card)):
         folder = Path(card)
         if folder.is_dir():
             return _of_folder(folder, repo_id)
@@ -94,6 +94,7 @@ def _of_repo(repo_id: str) -> Report:
 
 
 def _check(report: Report, content: str, folder: Path | None, files: list[str], repo_id: str | None) -> None:
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
     tokens = sorted({f"{found[:6]}…" for found in TOKEN.findall(content)})
     if tokens:
         report.errors.append(

@@ -193,6 +193,14 @@ def test_a_good_card_has_no_findings():
     assert str(validate(ModelCard(card()))) == "no findings"
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_ends_of_lines(end, tmp_path):
+    content = card(GOOD_DATA + index()).replace("\n", end)
+    assert str(validate(content)) == "no findings"
+    (tmp_path / "README.md").write_bytes(content.encode())
+    assert str(validate(tmp_path)) == "no findings"
+
+
 @pytest.mark.parametrize(("rule", "line"), [*ERRORS.items(), *MORE_ERRORS, *STRANGE])
 def test_errors(rule, line):
     report = validate(card(replaced(line)))
