@@ -11,13 +11,17 @@ TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-(?:(?:proj|ant|or|svcacct|admin)-[\w-]{20,}|[A-Za-z0-9]{20,})"
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|(?:AKIA|ASIA)[A-Z0-9]{16})\b"
 )
+# What cards have in plenty is no path of a machine: routes of a server, links of a page, `/path/to/model`, the cache of the Hub.
 # Every repetition is followed by something it cannot match itself, or is bounded, so that a search takes linear time.
 LOCAL_PATH = re.compile(
     r"""
-    (?<![\w/.<~-]) (?:file://)? /
+    (?<![\w/.<~-]) (?:file://)? / (?!bin/|usr/bin/|dev/null\b|path/to/|root/\.cache/huggingface\b)
+        (?: (?=(?:home|Users|root|mnt|tmp|var|opt|data|scratch|srv|workspace|content|Volumes|media)/)
+          | (?<![)\]}*%$]/) (?<!\]\(/) (?<!href="/) (?<!src="/) (?<!GET[ ]/) (?<!POST[ ]/) (?<!PUT[ ]/) (?<!DELETE[ ]/)
+            (?!(?:v\d\w*|api|chat|completions?|embeddings?|generate|predict|invocations|docs|blog|papers|spaces|resolve)/) )
         (?: (?:home|Users)/[\w.+-]+(?:[ ][\w.+-]+){0,2}(?=/) | [\w.+-]+ )  # /home/name, also with blanks
         (?:/(?:My[ ]Drive(?=/)|[\w.+-]+))+ /?                              # /home/name/model
-    | (?<![\w/~]) ~(?:[A-Za-z_][\w.-]*)?/[\w.+-]+(?:/[\w.+-]+)*            # ~/model, ~name/model
+    | (?<![\w/~]) ~(?!/\.cache/huggingface\b)(?:[A-Za-z_][\w.-]*)?/[\w.+-]+(?:/[\w.+-]+)*            # ~/model, ~name/model
     | (?<!\w) [A-Za-z]:\\+(?=[^\s"'`|\\])(?:[^\s"'`|\\:]+(?:[ ][^\s"'`|\\:]+){0,2}\\+)*[^\s"'`|\\]*  # C:\models\model
     | (?<!\w) [A-Za-z]:/(?:[\w.+-]+/)+[\w.+-]*                             # C:/models/model
     | (?<![^\s"'`(=\[:]) \\\\[\w.-]{2,}\\[\w.$-]{2,}(?:\\[\w.$-]+)*         # \\server\share
@@ -25,7 +29,8 @@ LOCAL_PATH = re.compile(
     re.VERBOSE,
 )
 # Bounded, and begun only where a word begins: a long run of letters would take quadratic time otherwise.
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
+# `git@github.com` is nobody's, and `you/data@main.v1` a revision.
+EMAIL = re.compile(r"(?<![\w.+/-])(?!git@)[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
 
 _HOMES = ("home", "Users")
 # Logins that say nothing about a person.

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PLACEHOLDER = re.compile(r"\[?more information needed\]?|\bTODO\b|\bTBD\b|\bFIXME\b", re.IGNORECASE)
+# `todo` in lower case is a word of Spanish and Portuguese.
+PLACEHOLDER = re.compile(r"(?i:\[?more information needed\]?)|\bTODO\b|\bTBD\b|\bFIXME\b")
 # What the template says where the author said nothing: true, so no placeholder, but a gap that `validate` names.
 UNSTATED = {
     "intended_use": "The authors have not stated what the model is for.",

@@ -8,16 +8,47 @@ from typing import Any
 
 from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, login_name, names_user
 from hf_ext.model_cards.model_index import is_finite_number, stated_results
-from hf_ext.model_cards.running import NOT_RUN, code_of
+from hf_ext.model_cards.running import NOT_RUN
 from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
 from hf_ext.model_cards.yaml_text import told
 from hf_ext.registry import METHODS
 
+_BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
+# How code gets a model: with transformers, PEFT and diffusers, Sentence Transformers, vLLM, or file by file.
+_LOADING = re.compile(
+    r"\b(?:from_pretrained|pipeline|load_(?!dataset)\w{1,40}|SentenceTransformer|LLM|snapshot_download|hf_hub_download)\("
+)
 _LOADED = re.compile(
     r"""(?:from_pretrained|load_adapter)\(\s*(?:\w+,\s*)?["']([\w.-]+/[\w.-]+)["']|^name = ["']([^"']+)["']""",
     re.MULTILINE,
 )
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", re.IGNORECASE)
+# A tokenizer may well be another model's.
+_BESIDE = re.compile(r"(?:Tokenizer|TokenizerFast|Processor|FeatureExtractor)\.from_pretrained\([^()\n]{0,300}\)")
+_NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]{0,30}(?:\.\d{0,30})?|\.\d{1,30})(?:e[+-]?\d{1,2})?", re.IGNORECASE)
+# Columns by the words in their heads: those that hold a metric's value, those that never do, and tables that are not of results.
+_VALUES = frozenset(["value", "values", "result", "results", "score", "scores", "estimate", "ours"])
+_COUNTS = frozenset(
+    [
+        "n",
+        "rows",
+        "support",
+        "count",
+        "counts",
+        "examples",
+        "samples",
+        "size",
+        "step",
+        "steps",
+        "epoch",
+        "epochs",
+        "seed",
+        "shots",
+        "description",
+    ]
+)
+_SETTINGS = frozenset(
+    ["setting", "settings", "parameter", "parameters", "hyperparameter", "hyperparameters", "argument", "option"]
+)
 
 # So many instances of one finding are named.
 _NAMED = 8
@@ -89,15 +120,17 @@ def _sections(text: str) -> Findings:
 
 
 def _snippet(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
-    code = code_of(text)
-    if code is None or "from_pretrained" not in code:
+    code = "\n".join(_BLOCK.findall(text))
+    if not _LOADING.search(code):
         yield "no-snippet", "no Python snippet shows how to load the model"
         return
     if NOT_RUN in text:
         yield "snippet-not-run", "the code of the card was not run; publish with run_snippet=True"
     known = {repo_id, *_texts(data.get("base_model"))}
-    others = sorted({name for pair in _LOADED.findall(code) for name in pair if "/" in name} - known)
-    if repo_id is not None and others:
+    loaded = _LOADED.findall(_BESIDE.sub("", code))
+    others = sorted({name for pair in loaded for name in pair if "/" in name} - known)
+    # Code that has the model may need more beside it, such as a VAE.
+    if repo_id is not None and others and not any(f"{quote}{repo_id}{quote}" in code for quote in "\"'"):
         yield "snippet-repo", f"the code loads {', '.join(others)}, which is neither {repo_id} nor its base model"
 
 
@@ -114,10 +147,25 @@ def _numbers(text: str, data: dict[str, Any]) -> Findings:
 def _told_numbers(text: str, names: set[str]) -> dict[str, list[str]]:
     """Name of a metric to the numbers in the rows of tables that begin with it."""
     told: dict[str, list[str]] = {}
+    heads: list[str] | None = None
     for line in text.splitlines() if names else []:
-        if line.startswith("|") and (name := _first_cell(line)) in names:
-            told.setdefault(name, []).extend(_NUMBER.findall(line.split("|", 2)[2]))
+        if not line.startswith("|"):
+            heads = None
+            continue
+        name = _first_cell(line)
+        cells = [cell.strip(" \t*`_~\u2248") for cell in line.split("|")[1:]]
+        if name in names and not (heads and heads[0] in _SETTINGS):
+            numbers = [_NUMBER.match(cell) for cell in _value_cells(cells, heads or [])]
+            told.setdefault(name, []).extend(number[0] for number in numbers if number)
+        heads = [cell.lower() for cell in cells] if heads is None else heads
     return told
+
+
+def _value_cells(cells: list[str], heads: list[str]) -> list[str]:
+    """Those cells of a row that may hold the value of the metric named in the first."""
+    columns = [(heads[i] if i < len(heads) else "", cell) for i, cell in enumerate(cells)][1:]
+    values = [cell for head, cell in columns if head in _VALUES]
+    return values or [cell for head, cell in columns if head not in _COUNTS]
 
 
 def _metrics(data: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -133,7 +181,9 @@ def _first_cell(line: str) -> str:
 
 def _same(told: str, value: float) -> bool:
     """Whether a number in the text is the value, as far as it is written out; percent count, too."""
-    digits = len(told.lower().partition("e")[0].partition(".")[2])
-    shown = float(told)
-    step = 0.5 * 10.0**-digits
+    written = told.lower().replace(",", "").replace("\u2212", "-")
+    mantissa, _, exponent = written.partition("e")
+    digits = len(mantissa.partition(".")[2])
+    shown = float(written)
+    step = 0.5 * 10.0 ** (int(exponent or 0) - digits)
     return any(abs(shown - scaled) <= step + 1e-3 * abs(scaled) for scaled in (value, 100 * value))

@@ -43,6 +43,16 @@ def test_paths(text, clean):
         "<!-- hf_ext:end card -->",
         "km/h",
         "refs/pr/1",
+        "POST to /v1/chat/completions or /chat/completions/stream",
+        "GET /models/list",
+        "on 01/02/2026, and/or **a**/b/c, user(s)/group(s)/all, {dir}/a/b",
+        "[data](/datasets/user/x)",
+        '<img src="/front/assets/logo.svg">',
+        "#!/usr/bin/env python",
+        "vllm serve /path/to/model",
+        "-v ~/.cache/huggingface:/root/.cache/huggingface",
+        "https://site.edu/~jane/x",
+        "~5/10 of them",
     ],
 )
 def test_no_false_alarm(text):
@@ -65,6 +75,7 @@ def test_tokens():
 
 def test_addresses():
     assert EMAIL.search("write to someone@example.org")
+    assert not EMAIL.search("git clone git@github.com:user/repo") and not EMAIL.search("user/data@main.v")
     assert not EMAIL.search("@inproceedings{x") and not EMAIL.search("user/name@abc123")
 
 

@@ -308,6 +308,50 @@ def test_numbers_in_the_text_and_in_the_metadata(told, fits):
     assert rules(report.warnings) == ([] if fits else ["metric-text"])
 
 
+@pytest.mark.parametrize(
+    ("table", "fits"),
+    [
+        ("| metric | value |\n| --- | --- |\n| a | 0.6 |", False),
+        ("| metric | base | ours |\n| --- | --- | --- |\n| a | 0.5 | 0.6 |", False),
+        ("| metric | base | this |\n| --- | --- | --- |\n| a | 0.4 | **0.5** |", True),
+        ("| metric | n | value |\n| --- | --- | --- |\n| a | 300 | 0.5 [0.4, 0.6] |", True),
+        ("| group | n |\n| --- | --- |\n| a | 300 |", True),
+        ("| setting | value |\n| --- | --- |\n| `a` | 3 |", True),
+        ("| metric | what |\n| --- | --- |\n| a | top-1 of 1,000 classes |", True),
+        ("| a | 0.46 [0.4, 0.5] |", False),
+        ("| a | 1e-3 |", False),
+        ("| a | 1e999 |", False),
+    ],
+)
+def test_only_a_column_of_values_is_compared(table, fits):
+    report = validate(card(GOOD_DATA + index(), text(Results=table)))
+    assert rules(report.warnings) == ([] if fits else ["metric-text"])
+
+
+@pytest.mark.parametrize(("told", "fits"), [("1,234.5", True), ("1234.5", True), ("1,334.5", False)])
+def test_thousands(told, fits):
+    data = GOOD_DATA + index("[{type: m, name: a, value: 1234.5, args: {n: 3}}]")
+    assert rules(validate(card(data, text(Results=f"| a | {told} |"))).warnings) == ([] if fits else ["metric-text"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "AutoTokenizer.from_pretrained('org/other')\nX.from_pretrained('user/base')",
+        "X.from_pretrained('user/mine', vae=Y.from_pretrained('org/vae'))",
+        "pipeline('text-generation', model='user/mine')",
+    ],
+)
+def test_code_that_loads_more_besides(code):
+    for fence in ("python", "py"):
+        body = text(How_to_get_started=f"```python\nprompt = 'a'\n```\n\n```{fence}\n{code}\n```")
+        assert str(validate(card(body=body), repo_id="user/mine")) == "no findings"
+
+
+def test_a_spanish_word_is_no_placeholder():
+    assert str(validate(card(body=GOOD_TEXT + "Todo o nada, todo el modelo."))) == "no findings"
+
+
 def test_folder_rules(tmp_path):
     assert rules(validate(tmp_path).errors) == ["card-missing"]
     (tmp_path / "README.md").write_text(card(replaced("library_name: transformers")))
