@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_ext.model_cards.tensors import headers
+from hf_ext.model_cards.yaml_text import load
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}
 ADAPTER = "adapter_model.safetensors"
-STATED_PARAMETERS = re.compile(r"^\| Parameters of the adapter \| ([\d,]+)", re.MULTILINE)
+STATED_PARAMETERS = re.compile(r"^\| Parameters of the adapter \| (\d[\d,]{0,30})\b", re.MULTILINE)
 
 Findings = Iterator[tuple[str, str]]
 
@@ -43,9 +42,9 @@ def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], t
 
 def _eval_results(name: str, file: Path) -> Findings:
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        yield "eval-results", f"{name} is not YAML: {' '.join(str(error).split())}"
+        entries = load(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        yield "eval-results", f"{name} is not YAML: {error}"
         return
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         dataset = entry.get("dataset") if isinstance(entry, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +10,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_ext.model_cards.hub_lists import BASE_MODEL_RELATIONS, LANGUAGES, LIBRARIES, LICENSES, PIPELINE_TAGS
+from hf_ext.model_cards.model_index import Result, frozen, is_finite_number, stated_results
+from hf_ext.model_cards.yaml_text import told
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+
+# So many instances of one finding are named.
+_NAMED = 8
 
 Findings = Iterator[tuple[str, str]]
 
@@ -22,22 +26,21 @@ def metadata_errors(data: dict[str, Any]) -> Findings:
     yield from _ids(data)
     yield from _closed_lists(data)
     yield from _emissions(data)
-    for entry in _as_list(data.get("model-index")):
-        if not isinstance(entry, dict) or not isinstance(entry.get("results", []), list):
-            yield "model-index", "model-index must be a list of {name, results: [...]}"
-            continue
-        for number, result in enumerate(entry.get("results", [])):
-            yield from _result(f"model-index result {number}", result)
+    results, problems = stated_results(data)
+    yield from (("model-index", problem) for problem in problems)
+    for result in results:
+        yield from _result(result)
+    yield from _repeated_metrics(results)
 
 
 def metadata_warnings(data: dict[str, Any]) -> Findings:
     if not data.get("license"):
         yield "no-license", "without `license` nobody may rely on using the model; pass license="
     library = data.get("library_name")
-    if library is not None and library not in LIBRARIES:
-        yield "library", f"library_name {library!r} is none that the Hub knows; nobody finds the model by it"
+    if library is not None and not _is_one_of(library, LIBRARIES):
+        yield "library", f"library_name {told(library)} is none that the Hub knows; nobody finds the model by it"
     tags = data.get("tags")
-    if library == "peft" and not data.get("base_model"):
+    if library == "peft" and data.get("base_model", []) == []:
         yield "no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model="
     if library == "peft" and isinstance(tags, list) and "unlearning" in tags:
         yield (
@@ -47,33 +50,42 @@ def metadata_warnings(data: dict[str, Any]) -> Findings:
     emissions = data.get("co2_eq_emissions")
     grams = emissions.get("emissions") if isinstance(emissions, dict) else emissions
     region = emissions.get("geographical_location") if isinstance(emissions, dict) else None
-    if isinstance(grams, int | float) and 0 < grams < math.inf and not region:
+    if is_finite_number(grams) and grams > 0 and not region:
         yield "emissions-region", "emissions depend on where the electricity comes from; state geographical_location"
     yield from _uncertain_results(data)
 
 
 def _uncertain_results(data: dict[str, Any]) -> Findings:
     unsure, loose = [], []
-    for entry in _as_list(data.get("model-index")):
-        for result in (entry.get("results") or []) if isinstance(entry, dict) else []:
-            if not isinstance(result, dict):
-                continue
-            dataset = result.get("dataset")
-            if isinstance(dataset, dict) and _is_repo_id(dataset.get("type")) and "/" in dataset["type"]:
-                loose += [] if dataset.get("revision") else [dataset["type"]]
-            for metric in _as_list(result.get("metrics")):
-                arguments = metric.get("args") if isinstance(metric, dict) else None
-                if not (
-                    isinstance(arguments, dict) and ("n" in arguments or any(k.startswith("ci") for k in arguments))
-                ):
-                    unsure.append(str(metric.get("name") or metric.get("type")) if isinstance(metric, dict) else "?")
+    for result in stated_results(data)[0]:
+        name = result.dataset["type"]
+        if "/" in name and _is_repo_id(name) and not result.dataset.get("revision"):
+            loose.append(name)
+        unsure += [metric.get("name") or metric["type"] for metric in result.metrics if not _has_interval(metric)]
     if unsure:
-        yield "no-interval", f"{', '.join(dict.fromkeys(unsure))}: neither the rows nor an interval are given"
+        yield "no-interval", f"{_listed(unsure)}: neither the rows nor an interval are given"
     if loose:
         yield (
             "dataset-revision",
-            f"{', '.join(dict.fromkeys(loose))}: without a revision nobody knows which data were measured; pass evaluated_on='id@revision'",
+            f"{_listed(loose)}: without a revision nobody knows which data were measured; pass evaluated_on='id@revision'",
         )
+
+
+def _has_interval(metric: dict[Any, Any]) -> bool:
+    arguments = metric.get("args")
+    return isinstance(arguments, dict) and any(
+        isinstance(key, str) and (key == "n" or key.startswith("ci")) for key in arguments
+    )
+
+
+def _listed(names: list[str]) -> str:
+    different = list(dict.fromkeys(names))
+    more = f" and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+    return ", ".join(different[:_NAMED]) + more
+
+
+def _is_one_of(value: Any, known: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in known
 
 
 def _as_list(value: Any) -> list:
@@ -86,22 +98,26 @@ def _license(data: dict[str, Any]) -> Findings:
     if "licence" in data:
         yield "licence-key", "the key is spelled `license`; the Hub ignores `licence`"
     for name in _as_list(data.get("license")):
-        if name not in LICENSES:
-            yield "license", f"license {name!r} is not one of the Hub's ids; use `other` with a name and a link"
+        if not _is_one_of(name, LICENSES):
+            yield "license", f"license {told(name)} is not one of the Hub's ids; use `other` with a name and a link"
     if data.get("license") == "other":
         for key in ("license_name", "license_link"):
             if not data.get(key):
                 yield "license-other", f"`license: other` needs `{key}`"
         link = data.get("license_link")
         if link and not (link in ("LICENSE", "LICENSE.md") or re.fullmatch(r"https?://\S+", str(link))):
-            yield "license-link", f"license_link {link!r} must be a URL, 'LICENSE' or 'LICENSE.md'"
+            yield "license-link", f"license_link {told(link)} must be a URL, 'LICENSE' or 'LICENSE.md'"
 
 
 def _ids(data: dict[str, Any]) -> Findings:
     for key in ("base_model", "datasets", "new_version"):
-        for repo_id in _as_list(data[key]) if key in data else []:
+        several = isinstance(data.get(key), list) and key != "new_version"
+        for repo_id in (data[key] if several else [data[key]]) if key in data else []:
             if not _is_repo_id(repo_id):
-                yield f"{key.replace('_', '-')}-id", f"{key} {repo_id!r} is not a Hub id of the form 'namespace/name'"
+                yield (
+                    f"{key.replace('_', '-')}-id",
+                    f"{key} {told(repo_id)} is not a Hub id of the form 'namespace/name'",
+                )
 
 
 def _is_repo_id(value: Any) -> bool:
@@ -116,25 +132,25 @@ def _is_repo_id(value: Any) -> bool:
 
 def _closed_lists(data: dict[str, Any]) -> Findings:
     relation = data.get("base_model_relation")
-    if relation is not None and relation not in BASE_MODEL_RELATIONS:
-        yield "base-model-relation", f"{relation!r} is not one of {', '.join(sorted(BASE_MODEL_RELATIONS))}"
+    if relation is not None and not _is_one_of(relation, BASE_MODEL_RELATIONS):
+        yield "base-model-relation", f"{told(relation)} is not one of {', '.join(sorted(BASE_MODEL_RELATIONS))}"
     tag = data.get("pipeline_tag")
-    if tag is not None and tag not in PIPELINE_TAGS:
-        yield "pipeline-tag", f"pipeline_tag {tag!r} is not a task of the Hub"
+    if tag is not None and not _is_one_of(tag, PIPELINE_TAGS):
+        yield "pipeline-tag", f"pipeline_tag {told(tag)} is not a task of the Hub"
     for language in _as_list(data.get("language")):
         if not _is_language(language):
             yield (
                 "language",
-                f"language {language!r} is not an ISO 639 code; YAML reads a bare `no` as false: quote it",
+                f"language {told(language)} is not an ISO 639 code; YAML reads a bare `no` as false: quote it",
             )
     tags = data.get("tags")
     if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        yield "tags", f"tags must be a list of strings, not {tags!r}"
+        yield "tags", f"tags must be a list of strings, not {told(tags)}"
 
 
 def _is_language(value: Any) -> bool:
     """Two letters from ISO 639-1, or the form of a code with three; with or without a region or script."""
-    if value in ("code", "multilingual"):
+    if _is_one_of(value, frozenset({"code", "multilingual"})):
         return True
     if not isinstance(value, str) or not _LANGUAGE.fullmatch(value):
         return False
@@ -145,39 +161,30 @@ def _is_language(value: Any) -> bool:
 def _emissions(data: dict[str, Any]) -> Findings:
     stated = data.get("co2_eq_emissions")
     grams = stated.get("emissions") if isinstance(stated, dict) else stated
-    if stated is not None and not _is_finite_number(grams):
-        yield "emissions", f"co2_eq_emissions must give grams as a number, not {grams!r}"
+    if stated is not None and not is_finite_number(grams):
+        yield "emissions", f"co2_eq_emissions must give grams as a number, not {told(grams)}"
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _result(place: str, result: Any) -> Findings:
-    if not isinstance(result, dict):
-        yield "model-index", f"{place} must be a mapping with task, dataset and metrics"
-        return
-    for part, key in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
-        if not (isinstance(result.get(part), dict) and result[part].get(key)):
-            yield "model-index", f"{place} lacks {part}.{key}"
-    source = result.get("source")
-    if isinstance(source, dict) and source.get("name") and not source.get("url"):
-        yield "source-url", f"{place} names a source without its url"
-    seen = []
-    for metric in _as_list(result.get("metrics")):
-        if not isinstance(metric, dict) or not metric.get("type") or "value" not in metric:
-            yield "model-index", f"{place} has a metric without type or value"
-            continue
+def _result(result: Result) -> Findings:
+    if result.source.get("name") and not result.source.get("url"):
+        yield "source-url", f"{result.place} names a source without its url"
+    for metric in result.metrics:
         value = metric["value"]
-        if isinstance(value, dict | list) or (isinstance(value, float) and not math.isfinite(value)):
+        if not isinstance(value, str | bool) and not is_finite_number(value):
             yield (
                 "metric-value",
-                f"{place}: the value of {metric['type']!r} is {value!r}; it must be one finite number or text",
+                f"{result.place}: the value of {metric['type']!r} is {told(value)}; it must be one finite number or text",
             )
-        identity = {key: entry for key, entry in metric.items() if key != "value"}
-        if identity in seen:
-            yield (
-                "metric-twice",
-                f"{place} gives {metric.get('name', metric['type'])!r} twice; only one would be shown",
-            )
-        seen.append(identity)
+
+
+def _repeated_metrics(results: list[Result]) -> Findings:
+    """Metrics that differ in nothing but the value. The Hub joins results of one task, data set and source."""
+    seen, twice = set(), []
+    for result in results:
+        for metric in result.metrics:
+            rest = frozen({key: entry for key, entry in metric.items() if key not in ("value", "verifyToken")})
+            if (result.group, rest) in seen:
+                twice.append(f"{metric.get('name') or metric['type']} in {result.place}")
+            seen.add((result.group, rest))
+    if twice:
+        yield "metric-twice", f"{_listed(twice)}: given before for the same task and data; only one would be shown"

@@ -6,15 +6,11 @@ Source: https://huggingface.co/papers/1810.03993, section 4. Headings are those 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-PLACEHOLDER = re.compile(r"\[?more information needed\]?|\bTODO\b|\bTBD\b|\bFIXME\b", re.IGNORECASE)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*\s*$")
-# A list item with a label and nothing behind it, as templates have them.
-_EMPTY_ITEM = re.compile(r"^\s*[-*]\s+(\*\*)?[^:\n]*:(\*\*)?\s*$", re.MULTILINE)
-
+# `todo` in lower case is a word of Spanish and Portuguese.
+PLACEHOLDER = re.compile(r"(?i:\[?more information needed\]?)|\bTODO\b|\bTBD\b|\bFIXME\b")
 # What the template says where the author said nothing: true, so no placeholder, but a gap that `validate` names.
 UNSTATED = {
     "intended_use": "The authors have not stated what the model is for.",
@@ -64,42 +60,78 @@ SECTIONS = (
 OUT_OF_SCOPE = Section("out of scope", ("out-of-scope use", "out of scope"), "pass out_of_scope=")
 
 
-def content(text: str, section: Section) -> str | None:
-    """What stands under the section's headings, without comments and placeholders; `None` if there is no such heading."""
-    found = [body for heading, body in _parts(text) if heading in section.headings]
-    return "\n".join(found).strip() if found else None
+def bodies(text: str) -> dict[str, str]:
+    """Heading of a section in lower case to what stands under all headings of that name, without comments and placeholders."""
+    known = {heading for section in (*SECTIONS, OUT_OF_SCOPE) for heading in section.headings}
+    found: dict[str, list[str]] = {}
+    for heading, lines in _parts(text):
+        if heading in known:
+            found.setdefault(heading, []).append(_filled(lines))
+    return {heading: "\n".join(parts).strip() for heading, parts in found.items()}
 
 
-def is_stated(text: str, section: Section) -> bool:
+def content(found: Mapping[str, str], section: Section) -> str | None:
+    """What `bodies` found under the section's headings; `None` if there is no such heading."""
+    parts = [found[heading] for heading in section.headings if heading in found]
+    return "\n".join(parts).strip() if parts else None
+
+
+def is_stated(found: Mapping[str, str], section: Section) -> bool:
     """Whether somebody, or something measured, fills the section."""
-    body = content(text, section)
+    body = content(found, section)
     return bool(body) and not any(sentence in str(body) for sentence in UNSTATED.values())
 
 
 def score(card: object) -> dict[str, bool]:
     """Which of the nine sections of a card (a `ModelCard` or its text) hold more than a placeholder."""
-    return {section.name: bool(content(str(card), section)) for section in SECTIONS}
+    found = bodies(str(card))
+    return {section.name: bool(content(found, section)) for section in SECTIONS}
 
 
-def _parts(text: str) -> Iterator[tuple[str, str]]:
-    """(heading in lower case, what follows down to the next heading of its level or above, without deeper headings)."""
+def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(heading in lower case, lines down to the next heading of its level or above, without deeper headings)."""
     open_parts: list[tuple[int, str, list[str]]] = []
     fenced = False
-    for line in _COMMENT.sub("", text).splitlines():
+    for line in _without_comments(text).splitlines():
         fenced ^= line.lstrip().startswith("```")
-        heading = None if fenced else _HEADING.match(line)
+        heading = None if fenced else _heading(line)
         if heading is None:
             for _, _, lines in open_parts:
                 lines.append(line)
             continue
-        level = len(heading[1])
+        level, title = heading
         while open_parts and open_parts[-1][0] >= level:
-            yield _finished(open_parts.pop())
-        open_parts.append((level, heading[2].lower(), []))
+            yield open_parts.pop()[1:]
+        open_parts.append((level, title, []))
     while open_parts:
-        yield _finished(open_parts.pop())
+        yield open_parts.pop()[1:]
 
 
-def _finished(part: tuple[int, str, list[str]]) -> tuple[str, str]:
-    body = _EMPTY_ITEM.sub("", PLACEHOLDER.sub("", "\n".join(part[2])))
-    return part[1], body.strip()
+# Plain string methods in what follows: patterns with two repetitions side by side take quadratic time on a long line or comment.
+def _without_comments(text: str) -> str:
+    kept, start = [], 0
+    while (begin := text.find("<!--", start)) >= 0 and (end := text.find("-->", begin + 4)) >= 0:
+        kept.append(text[start:begin])
+        start = end + 3
+    return "".join([*kept, text[start:]])
+
+
+def _heading(line: str) -> tuple[int, str] | None:
+    """Level and title in lower case of a heading with number signs."""
+    title = line.lstrip("#")
+    level = len(line) - len(title)
+    if not 1 <= level <= 6 or not title[:1].isspace():
+        return None
+    return level, title.strip().rstrip("#").rstrip().lower()
+
+
+def _filled(lines: list[str]) -> str:
+    body = PLACEHOLDER.sub("", "\n".join(lines))
+    return "\n".join(line for line in body.splitlines() if not _is_empty_item(line)).strip()
+
+
+def _is_empty_item(line: str) -> bool:
+    """Whether it is a list item with a label and nothing behind it, as templates have them."""
+    item = line.strip()
+    label = item[1:].removesuffix("**")
+    return item[:1] in ("-", "*") and label[:1].isspace() and label.find(":") == len(label) - 1

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -17,6 +16,7 @@ from hf_ext.model_cards.folder_rules import file_errors, file_warnings
 from hf_ext.model_cards.leaks import TOKEN
 from hf_ext.model_cards.metadata_rules import metadata_errors, metadata_warnings
 from hf_ext.model_cards.text_rules import text_warnings
+from hf_ext.model_cards.yaml_text import load
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def validate(card: ModelCard | str | Path, *, repo_id: str | None = None) -> Rep
     Raises:
         ValueError: neither a folder nor a Hub id.
     """
-    if isinstance(card, Path) or (isinstance(card, str) and "\n" not in card):
+    if isinstance(card, Path) or (isinstance(card, str) and not {"\n", "\r"} & set(card)):
         folder = Path(card)
         if folder.is_dir():
             return _of_folder(folder, repo_id)
@@ -94,10 +94,12 @@ def _of_repo(repo_id: str) -> Report:
 
 
 def _check(report: Report, content: str, folder: Path | None, files: list[str], repo_id: str | None) -> None:
-    report.errors += [
-        Finding("token", f"the text contains the access token {found[:6]}…; revoke it")
-        for found in TOKEN.findall(content)
-    ]
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
+    tokens = sorted({f"{found[:6]}…" for found in TOKEN.findall(content)})
+    if tokens:
+        report.errors.append(
+            Finding("token", f"the card contains the access token {', '.join(tokens[:8])}; revoke it")
+        )
     data, problem = _metadata(content)
     if problem is not None:
         report.errors.append(problem)
@@ -119,9 +121,9 @@ def _metadata(content: str) -> tuple[dict[str, Any], Finding | None]:
     if block is None:
         return {}, Finding("metadata-missing", "the card does not begin with a YAML block between two lines '---'")
     try:
-        data = yaml.safe_load(block[2]) or {}
-    except yaml.YAMLError as error:
-        return {}, Finding("metadata-yaml", f"the metadata is not YAML: {' '.join(str(error).split())}")
+        data = load(block[2]) or {}
+    except ValueError as error:
+        return {}, Finding("metadata-yaml", f"the metadata is not YAML: {error}")
     if not isinstance(data, dict):
         return {}, Finding("metadata-mapping", f"the metadata is a {type(data).__name__}; it must be key: value lines")
     return data, None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings, strategies
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -71,6 +75,12 @@ MORE_ERRORS = [
     ("language", "language: no"),
     ("language", "language: xx"),
     ("base-model-id", "base_model: [user/a, 'user//b']"),
+    ("base-model-id", "base_model: null"),
+    ("datasets-id", "datasets: null"),
+    ("new-version-id", "new_version: null"),
+    ("new-version-id", "new_version: [user/a, user/b]"),
+    ("metric-twice", index(f"{METRIC}\n  - {RESULT}{METRIC}")),
+    ("metric-twice", index(f"{METRIC}\n  - {RESULT}{METRIC}\n  - {RESULT}{METRIC}")),
     ("model-index", "model-index: text"),
     ("model-index", index(result="dataset: {type: b, name: c}\n    metrics: ")),
     ("model-index", index(result="task: {type: a}\n    dataset: {type: b}\n    metrics: ")),
@@ -78,6 +88,49 @@ MORE_ERRORS = [
     ("metric-value", index("[{type: m, value: [1], args: {n: 3}}]")),
     ("emissions", "co2_eq_emissions: .inf"),
 ]
+STRANGE = [
+    ("license", "license: {a: b}"),
+    ("license", "license: [[mit]]"),
+    ("pipeline-tag", "pipeline_tag: [a]"),
+    ("base-model-relation", "base_model_relation: [a]"),
+    ("tags", "tags: 5"),
+    ("language", "language: [[en]]"),
+    ("model-index", "model-index: 5"),
+    ("model-index", "model-index: [{name: a, results: 5}]"),
+    ("model-index", index("5")),
+    ("model-index", index("[5]")),
+    ("model-index", index("[{type: [a], value: 1}]")),
+    ("model-index", index(result="task: [a]\n    dataset: {type: b, name: c}\n    metrics: ")),
+    ("model-index", index(result="task: {type: a}\n    dataset: {type: b, name: [c]}\n    metrics: ")),
+    ("model-index", index(result="source: 5\n    " + RESULT)),
+    ("metric-value", index(f"[{{type: m, value: 1{'0' * 400}, args: {{n: 3}}}}]")),
+    ("metric-value", index("[{type: m, value: {a: b}, args: {n: 3}}]")),
+    ("emissions", f"co2_eq_emissions: 1{'0' * 400}"),
+    ("emissions", f"co2_eq_emissions: {{emissions: 0x{'f' * 9000}}}"),
+]
+KEYS = [
+    *("base_model", "base_model_relation", "co2_eq_emissions", "datasets", "language", "library_name", "license"),
+    *("license_link", "license_name", "model-index", "new_version", "pipeline_tag", "tags"),
+]
+VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.dates()
+    | strategies.sampled_from(["other", "a/b", "peft", "unlearning", "10" * 300]),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(
+            strategies.sampled_from(
+                ["results", "task", "dataset", "metrics", "type", "name", "value", "args", "n", "source", 1, None]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
 SECTION_RULES = {
     "section-model-details": "Model_details",
     "section-intended-use": "Intended_use",
@@ -140,11 +193,40 @@ def test_a_good_card_has_no_findings():
     assert str(validate(ModelCard(card()))) == "no findings"
 
 
-@pytest.mark.parametrize(("rule", "line"), [*ERRORS.items(), *MORE_ERRORS])
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_ends_of_lines(end, tmp_path):
+    content = card(GOOD_DATA + index()).replace("\n", end)
+    assert str(validate(content)) == "no findings"
+    (tmp_path / "README.md").write_bytes(content.encode())
+    assert str(validate(tmp_path)) == "no findings"
+
+
+@pytest.mark.parametrize(("rule", "line"), [*ERRORS.items(), *MORE_ERRORS, *STRANGE])
 def test_errors(rule, line):
     report = validate(card(replaced(line)))
     assert rules(report.errors) == [rule]
     assert set(rules(report.warnings)) <= {"no-license"}
+
+
+ALIASES = "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize("other", ["split: test", "config: en", "revision: abc"])
+def test_a_metric_of_other_data_is_another(other):
+    second = RESULT.replace("name: c", f"name: c, {other}") + METRIC
+    assert str(validate(card(GOOD_DATA + index(f"{METRIC}\n  - {second}")))) == "no findings"
+
+
+def test_strange_values_that_only_warn():
+    assert rules(validate(card(replaced("library_name: [x]"))).warnings) == ["library"]
+    assert rules(validate(card(GOOD_DATA + index("[{type: m, value: 1, args: {1: 2}}]"))).warnings) == ["no-interval"]
+
+
+@given(strategies.dictionaries(strategies.sampled_from(KEYS), VALUES, max_size=4), VALUES)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_no_metadata_end_in_a_traceback(data, result):
+    data = {"model-index": [{"name": "a", "results": [result]}], **data}
+    str(validate(f"---\n{yaml.safe_dump(data)}---\n{GOOD_TEXT}", repo_id="user/mine"))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +235,12 @@ def test_errors(rule, line):
         ("metadata-missing", GOOD_TEXT),
         ("metadata-yaml", "---\na: b: c\n---\n"),
         ("metadata-mapping", "---\n- a\n---\n"),
+        ("metadata-yaml", "---\na: 2001-99-99\n---\n"),
+        ("metadata-yaml", "---\na: !!bool b\n---\n"),
+        ("metadata-yaml", f"---\na: {'[' * 50_000}\n---\n"),
+        ("metadata-yaml", f"---\na: [{'1,' * 150_000}]\n---\n"),
+        ("metadata-yaml", "---\na: &a [*a]\n---\n"),
+        ("metadata-yaml", f"---\na0: &a0 [1]\n{ALIASES}---\n"),
     ],
 )
 def test_metadata_block(rule, content):
@@ -167,8 +255,23 @@ def test_warnings(rule):
 
 def test_a_token_is_an_error_and_is_not_repeated():
     token = "hf_" + "Ab1" * 11
-    report = validate(card(body=GOOD_TEXT + token))
+    report = validate(card(body=f"{GOOD_TEXT}{token} sk-{'aB3' * 10}"))
     assert rules(report.errors) == ["token"] and token not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        ("local-path", "model_name: /home/jane/secret/out"),
+        ("local-path", "tags: ['base_model:adapter:/home/jane/models/x', /home/jane/y]"),
+        ("email", "co2_eq_emissions: {emissions: 0, source: someone@example.org}"),
+        ("user-name", "model_name: model of janedoe"),
+    ],
+)
+def test_leaks_in_the_metadata_and_the_text_are_one_finding(rule, line, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "janedoe")
+    for body in (GOOD_TEXT, WARNINGS.get(rule, GOOD_TEXT + "by janedoe")):
+        assert rules(validate(card(replaced(line), body)).warnings) == [rule]
 
 
 @pytest.mark.parametrize("name", SECTION_RULES.values())
@@ -205,6 +308,50 @@ def test_numbers_in_the_text_and_in_the_metadata(told, fits):
     assert rules(report.warnings) == ([] if fits else ["metric-text"])
 
 
+@pytest.mark.parametrize(
+    ("table", "fits"),
+    [
+        ("| metric | value |\n| --- | --- |\n| a | 0.6 |", False),
+        ("| metric | base | ours |\n| --- | --- | --- |\n| a | 0.5 | 0.6 |", False),
+        ("| metric | base | this |\n| --- | --- | --- |\n| a | 0.4 | **0.5** |", True),
+        ("| metric | n | value |\n| --- | --- | --- |\n| a | 300 | 0.5 [0.4, 0.6] |", True),
+        ("| group | n |\n| --- | --- |\n| a | 300 |", True),
+        ("| setting | value |\n| --- | --- |\n| `a` | 3 |", True),
+        ("| metric | what |\n| --- | --- |\n| a | top-1 of 1,000 classes |", True),
+        ("| a | 0.46 [0.4, 0.5] |", False),
+        ("| a | 1e-3 |", False),
+        ("| a | 1e999 |", False),
+    ],
+)
+def test_only_a_column_of_values_is_compared(table, fits):
+    report = validate(card(GOOD_DATA + index(), text(Results=table)))
+    assert rules(report.warnings) == ([] if fits else ["metric-text"])
+
+
+@pytest.mark.parametrize(("told", "fits"), [("1,234.5", True), ("1234.5", True), ("1,334.5", False)])
+def test_thousands(told, fits):
+    data = GOOD_DATA + index("[{type: m, name: a, value: 1234.5, args: {n: 3}}]")
+    assert rules(validate(card(data, text(Results=f"| a | {told} |"))).warnings) == ([] if fits else ["metric-text"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "AutoTokenizer.from_pretrained('org/other')\nX.from_pretrained('user/base')",
+        "X.from_pretrained('user/mine', vae=Y.from_pretrained('org/vae'))",
+        "pipeline('text-generation', model='user/mine')",
+    ],
+)
+def test_code_that_loads_more_besides(code):
+    for fence in ("python", "py"):
+        body = text(How_to_get_started=f"```python\nprompt = 'a'\n```\n\n```{fence}\n{code}\n```")
+        assert str(validate(card(body=body), repo_id="user/mine")) == "no findings"
+
+
+def test_a_spanish_word_is_no_placeholder():
+    assert str(validate(card(body=GOOD_TEXT + "Todo o nada, todo el modelo."))) == "no findings"
+
+
 def test_folder_rules(tmp_path):
     assert rules(validate(tmp_path).errors) == ["card-missing"]
     (tmp_path / "README.md").write_text(card(replaced("library_name: transformers")))
@@ -229,6 +376,36 @@ def test_results_of_benchmarks(tmp_path, entries):
     (tmp_path / ".eval_results").mkdir()
     (tmp_path / ".eval_results" / "results.yaml").write_text(entries)
     assert rules(validate(tmp_path).errors) == ["eval-results"]
+
+
+LENGTH = 200_000
+LONG = {
+    "heading": "# a" + " " * LENGTH + "b",
+    "blank lines": "\n" * LENGTH,
+    "comments": "<!--" * (LENGTH // 4),
+    "letters": "a" * LENGTH,
+    "item": "-" + " " * LENGTH + "b",
+    "items": "- a:\n" * (LENGTH // 5),
+    "headings": "# factors\n" * (LENGTH // 10),
+    "path": "/a" * (LENGTH // 2),
+    "home": " /home/" + "a " * (LENGTH // 2),
+    "drives": "C:\\a b " * (LENGTH // 7),
+    "shares": "\\\\ab" * (LENGTH // 4),
+    "addresses": "a@a.a." * (LENGTH // 6),
+    "tokens": "hf_" * (LENGTH // 3),
+    "loading": "```python\n" + "from_pretrained(' " * (LENGTH // 18) + "\n```",
+    "blocks": "```python\n" * (LENGTH // 10),
+    "numbers": "| a | " + "1" * LENGTH + " |\n",
+    "rows": "| a | 0.5 |\n" * (LENGTH // 12),
+}
+
+
+@pytest.mark.parametrize("shape", LONG)
+def test_time_grows_with_the_length_only(shape):
+    """Patterns that take quadratic time need minutes for these; a quarter of a second is usual."""
+    start = time.process_time()
+    validate(card(GOOD_DATA + index(), GOOD_TEXT + LONG[shape]))
+    assert time.process_time() - start < 2.5
 
 
 def test_missing_folder(tmp_path):
