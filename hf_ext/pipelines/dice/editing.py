@@ -6,7 +6,6 @@ Source: https://huggingface.co/papers/2410.08207, Algorithm 1. Residuals are com
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -46,7 +45,7 @@ class Replay:
     keep: bool = False
 
 
-class DiceEditing(Published, ABC):
+class DiceEditing(Published):
     """Base of the pipelines. Each says how prompts become conditions, how tokens become logits, and tokens an output.
 
     A condition is a dictionary of tensors with one row per row of tokens.
@@ -65,25 +64,25 @@ class DiceEditing(Published, ABC):
     _lambda1: float | Tensor
     _lambda2: float | Tensor | None
 
-    @abstractmethod
     def _denoise(self, trace: DiceTrace, tokens_BN: Tensor, condition: Condition, time: float) -> Tensor:
         """Logits `(B, N, V)`, float32 or wider."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _denoiser(self) -> nn.Module:
         """The model that predicts tokens."""
+        raise NotImplementedError
 
     def _dtype(self) -> torch.dtype:
         """What the model computes in."""
         return next(each.dtype for each in self._denoiser().parameters() if each.is_floating_point())
 
-    @abstractmethod
     def _conditions(self, trace: DiceTrace, prompts: list[str | None]) -> Condition:
         """Of new prompts: one for each row of the trace, or several for its only row."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _output(self, trace: DiceTrace, tokens_BN: Tensor, steps_SBN: Tensor | None, kind: str) -> Any:
         """What the user gets: tokens `(B, N)`, those of each step if they were asked for, in the form `kind`."""
+        raise NotImplementedError
 
     def _allowed(self, summed_BNV: Tensor) -> Tensor:
         """Sums with -inf, in place, for what must not be predicted."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,9 +62,9 @@ class TextEditing(DiceEditing):
     def _denoiser(self) -> nn.Module:
         return self.model
 
-    @abstractmethod
     def _encoded(self, texts: list[str], prompts: list[str | None]) -> tuple[Condition, Tensor, Tensor]:
         """The condition, tokens `(B, N)` of the texts, and which of them are texts."""
+        raise NotImplementedError
 
     @property
     def _masks(self) -> bool:
