@@ -96,7 +96,7 @@ def _check_member(member: Any, name: str) -> None:
     failed = [use for use in uses if not works(use)]
     if failed:
         raise RuntimeError(
-            f"PeftType.{name} could not be added on this Python: {', '.join(failed)} failed. Please report it with your "
+            f"PeftType.{name} could not be added on this Python: {', '.join(failed)} failed: report it with your "
             "Python version; until then the type cannot be used."
         )
 

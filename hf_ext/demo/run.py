@@ -119,7 +119,7 @@ def run(
 
     _print_completions(records, before, outcomes)
     _print_table(outcomes)
-    results = {label: json.loads(outcome.report.to_json()) for label, outcome in outcomes.items()}
+    results = {label: outcome.report.to_dict() for label, outcome in outcomes.items()}
     (Path(output) / "results.json").write_text(json.dumps(results, indent=1))
     return _reload(source, Path(output) / "adapter", prompts, outcomes["RoseLoRA + OVERTONE"].completions)
 

@@ -198,10 +198,6 @@ class TaskMatrix:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def with_row(self, row: Scores) -> TaskMatrix:
-        """The matrix after one more task."""
-        return TaskMatrix(self.tasks, (*self.scores, tuple(row)), self.before, self.alone, self.sizes)
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -214,9 +210,13 @@ class TaskMatrix:
 
         return cls(tuple(data["tasks"]), tuple(map(tuple, data["scores"])), row("before"), row("alone"), row("sizes"))
 
+    def to_json(self, path: str | Path) -> None:
+        """Write the whole matrix."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
     @classmethod
-    def load(cls, path: str | Path) -> TaskMatrix:
-        """From a JSON file with what `to_dict` returns."""
+    def from_json(cls, path: str | Path) -> TaskMatrix:
+        """What `to_json` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -90,14 +90,14 @@ def test_the_micro_average_counts_examples():
 
 def test_a_sequence_that_is_not_finished():
     """Metrics are those of the tasks learnt so far."""
-    found = TaskMatrix(("a", "b", "c"), ((90.0, 10.0, 20.0),)).with_row((85.0, 60.0, 30.0))
+    found = TaskMatrix(("a", "b", "c"), ((90.0, 10.0, 20.0), (85.0, 60.0, 30.0)))
     assert found.average_accuracy() == pytest.approx(72.5) and found.backward_transfer() == pytest.approx(-5.0)
 
 
 def test_files_tables_and_plots(tmp_path):
     found = matrix((90.0, None), (80.25, 70.0), before=(10.0, 20.0), sizes=(5, 6))
-    (tmp_path / "matrix.json").write_text(json.dumps(found.to_dict()))
-    assert TaskMatrix.load(tmp_path / "matrix.json") == found
+    found.to_json(tmp_path / "matrix.json")
+    assert TaskMatrix.from_json(tmp_path / "matrix.json") == found
     lines = found.table(digits=2).splitlines()
     assert lines[0] == "| after | task 0 | task 1 |" and lines[2] == "| before | 10.00 | 20.00 |"
     assert lines[3:] == ["| task 0 | 90.00 |  |", "| task 1 | 80.25 | 70.00 |"]

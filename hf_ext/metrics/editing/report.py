@@ -138,26 +138,26 @@ class EditingReport:
         notes = f"Mean [95 % bootstrap interval] (number of edits). Answer policy: {self.settings['answer_policy']}."
         return "\n".join([*lines, "", notes, *(["KL in nats per token."] if other else [])])
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as a JSON string, also written to `path` if given."""
+    def to_dict(self) -> dict[str, Any]:
+        """What `to_json` writes."""
         content = {"format_version": _FORMAT_VERSION, "settings": self.settings, "metrics": self.metrics}
-        content |= {"records": self.records, "drift": self.drift, "curve": self.curve}
-        serialised = json.dumps(content, ensure_ascii=False, indent=1)
-        if path is not None:
-            Path(path).write_text(serialised, encoding="utf-8")
-        return serialised
+        return content | {"records": self.records, "drift": self.drift, "curve": self.curve}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the whole report."""
+        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_json(cls, source: str | Path) -> EditingReport:
-        """Reads what `to_json` wrote: a JSON string, or a `Path`.
+    def from_json(cls, path: str | Path) -> EditingReport:
+        """What `to_json` wrote.
 
         Raises:
             ValueError: not a report, or one of another format version.
         """
-        content = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, Mapping) or content.get("format_version") != _FORMAT_VERSION:
             raise ValueError(
-                f"source={str(source)[:60]!r} is not an editing report of format version {_FORMAT_VERSION}; give what to_json() wrote."
+                f"{path} is not an editing report of format version {_FORMAT_VERSION}; give a file that to_json() wrote."
             )
         return cls(content["settings"], content["records"], content["drift"], content["curve"])
 

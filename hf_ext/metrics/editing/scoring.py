@@ -104,17 +104,3 @@ def mean(values: Sequence[float]) -> float:
 def section_score(record: Mapping[str, Sequence[float]]) -> float:
     """One record's score of a section such as portability: mean over its kinds of the mean over the kind's questions."""
     return mean([mean(items) for items in record.values()])
-
-
-def aggregate_knowedit(records: Iterable[Mapping[str, Sequence[float]]]) -> float:
-    """KnowEdit's aggregation: `section_score` per record, then the mean over the records that have the section."""
-    return mean([section_score(record) for record in records if record])
-
-
-def aggregate_per_key(records: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """EasyEdit's summary: per kind, the mean over records of the record's mean. Differs where records lack kinds."""
-    per_key: dict[str, list[float]] = {}
-    for record in records:
-        for key, items in record.items():
-            per_key.setdefault(key, []).append(mean(items))
-    return {key: mean(values) for key, values in per_key.items()}

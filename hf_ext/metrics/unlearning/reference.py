@@ -50,7 +50,7 @@ def read_reference(
     own = content.get("settings")
     logs = {name: dict(log) for name, log in content.items() if name not in _NO_LOGS and isinstance(log, Mapping)}
     if not logs:
-        raise ValueError("retrained holds no metric; pass a report saved with save(), or a TOFU_EVAL.json.")
+        raise ValueError("retrained holds no metric; pass a report that to_json() wrote, or a TOFU_EVAL.json.")
     for name, log in logs.items():
         # A metric of ours that could not be measured says why.
         if "reason" not in log and "agg_value" in log and not _is_number(log["agg_value"]):

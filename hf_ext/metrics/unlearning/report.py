@@ -101,7 +101,7 @@ class UnlearningReport:
         head = {"format_version": _FORMAT_VERSION, "settings": self.settings, "findings": self.findings}
         return {**head, "retrained": self.retrained, **self.logs}
 
-    def save(self, path: str | Path) -> None:
+    def to_json(self, path: str | Path) -> None:
         """Writes `to_dict()` as JSON; a killed process leaves the old file or the new one, never half of it.
 
         Raises:
@@ -124,8 +124,8 @@ class UnlearningReport:
             raise
 
     @classmethod
-    def load(cls, path: str | Path) -> UnlearningReport:
-        """Reads what `save` wrote.
+    def from_json(cls, path: str | Path) -> UnlearningReport:
+        """What `to_json` wrote.
 
         Raises:
             ValueError: not a report, or one of another format version.
@@ -133,7 +133,7 @@ class UnlearningReport:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("format_version", None) != _FORMAT_VERSION:
             raise ValueError(
-                f"{path} is not an unlearning report of format version {_FORMAT_VERSION}; give a file that save() wrote."
+                f"{path} is not an unlearning report of format version {_FORMAT_VERSION}; give a file that to_json() wrote."
             )
         settings, findings, retrained = (content.pop(name) for name in ("settings", "findings", "retrained"))
         return cls(settings, content, retrained, findings)

@@ -28,14 +28,14 @@ def reports(world_model, oracle_model, word_tok, records):
 def test_json_round_trip(reports, tmp_path):
     report = reports["half"]
     path = tmp_path / "report.json"
-    serialised = report.to_json(path)
-    for copy in (EditingReport.from_json(serialised), EditingReport.from_json(path)):
+    report.to_json(path)
+    for copy in (EditingReport.from_json(path), EditingReport.from_json(str(path))):
         assert copy == report
         assert copy.metrics == report.metrics and copy.table() == report.table()
-    with pytest.raises(ValueError, match="not an editing report"):
-        EditingReport.from_json("[]")
-    with pytest.raises(ValueError, match="not an editing report"):
-        EditingReport.from_json('{"format_version": 99}')
+    for content in ("[]", '{"format_version": 99}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"report\.json is not an editing report"):
+            EditingReport.from_json(path)
 
 
 def test_table_keeps_protocols_apart(reports):

@@ -155,9 +155,9 @@ def test_the_model_comes_back(full, island_tok, splits):
 def test_json_round_trip(full_report, tmp_path):
     path = tmp_path / "report.json"
     path.write_text("old")
-    full_report.save(path)
+    full_report.to_json(path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-    loaded = UnlearningReport.load(path)
+    loaded = UnlearningReport.from_json(path)
     assert loaded.metrics == full_report.metrics and loaded.table() == full_report.table()
     assert loaded.to_dict() == json.loads(path.read_text())
     log = json.loads(path.read_text())["forget_Q_A_ROUGE"]
@@ -170,19 +170,19 @@ def test_json_round_trip(full_report, tmp_path):
     }
     path.write_text("[]")
     with pytest.raises(ValueError, match="not an unlearning report of format version 1"):
-        UnlearningReport.load(path)
+        UnlearningReport.from_json(path)
 
 
 def test_the_file_has_an_ordinary_mode(retrained_report, tmp_path):
     plain, path = tmp_path / "plain", tmp_path / "report.json"
     plain.write_text("x")
-    retrained_report.save(path)
+    retrained_report.to_json(path)
     assert path.stat().st_mode == plain.stat().st_mode
     path.chmod(0o640)
-    retrained_report.save(path)
+    retrained_report.to_json(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     with pytest.raises(FileNotFoundError, match=r"no/report.json: the folder '.*no' does not exist; create it"):
-        retrained_report.save(tmp_path / "no" / "report.json")
+        retrained_report.to_json(tmp_path / "no" / "report.json")
 
 
 def test_a_failed_save_keeps_the_old_file(full_report, tmp_path):
@@ -190,7 +190,7 @@ def test_a_failed_save_keeps_the_old_file(full_report, tmp_path):
     path.write_text("old")
     broken = dataclasses.replace(full_report, logs={**full_report.logs, "x": {"agg_value": math.nan}})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        broken.save(path)
+        broken.to_json(path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
