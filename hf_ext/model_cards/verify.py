@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found."""
+    """What `verify` found, check by check; its text is a line for each."""
 
     checks: tuple[Check, ...]
 
