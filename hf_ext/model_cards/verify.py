@@ -99,10 +99,10 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Check:
     )
     added = [name for name in files_of(folder) if name not in recorded and not name.startswith(".git/")]
     runs = [name for name in added if Path(name).suffix.lower() in (".py", *PICKLES)]
-    told = {"missing": missing, "changed": changed, "added and can run code": runs}
+    told = {"missing": missing, "changed": changed, "added, which can run code,": runs}
     holds = not any(told.values())
     told["added"] = [name for name in added if name not in runs]
-    words = [f"{what}: {', '.join(names)}" for what, names in told.items() if names]
+    words = [f"{what} {', '.join(names)}" for what, names in told.items() if names]
     if holds:
         words[:0] = [f"{len(recorded)} files as recorded in {FILE}"]
     return Check("files", holds, "; ".join(words))
