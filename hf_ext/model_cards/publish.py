@@ -69,7 +69,7 @@ def publish(
         private: visibility of a repository that is created here.
         create_pr: open a pull request instead of committing.
         merged: publish plain weights with the adapter merged into them, see `save`.
-        run_snippet: run the code of the card against what is about to be uploaded, in a process of its own and without a network, and
+        run_snippet: run the code of the card against what is about to be uploaded, in a process of its own that is told to work offline, and
             publish only if it runs. The base model is taken from the local cache or from the folder it was loaded from.
         probe, benchmarks: as for `save`.
         card_arguments: arguments of `build_card`, such as `base_model=`, `license=`, `metrics=`, `datasets=`.

@@ -37,7 +37,7 @@ def save(
         merged: write plain weights with the adapter merged into them. The model itself stays as it is; its weights are
             in memory twice meanwhile.
         overwrite: replace a folder that `save` did not write.
-        run_snippet: run the code of the card in the new folder, in a process of its own and without a network; what it prints goes into
+        run_snippet: run the code of the card in the new folder, in a process of its own that is told to work offline; what it prints goes into
             the card.
         probe: record in `hf_ext_card.json` what the model answers to 32 inputs, for `verify`: drawn from its vocabulary, or
             texts that may be published; `False` for none.
