@@ -19,8 +19,13 @@ Findings = Iterator[tuple[str, str]]
 
 
 def file_errors(folder: Path, files: list[str]) -> Findings:
-    """Results files that the Hub would not read."""
+    """Weights that do not load, and results files that the Hub would not read."""
     for name in files:
+        if name.endswith(".safetensors"):
+            try:
+                headers(folder, name)
+            except ValueError as error:
+                yield "weights-damaged", str(error)
         if name.startswith(".eval_results/") and name.endswith((".yaml", ".yml")):
             yield from _eval_results(name, folder / name)
 
@@ -35,7 +40,10 @@ def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], t
             yield "library-name", f"{name} is present, so library_name should be {library!r}, not {found!r}"
     stated = STATED_PARAMETERS.search(text)
     if folder is not None and ADAPTER in files and stated:
-        found, _ = headers(folder, ADAPTER)
+        try:
+            found, _ = headers(folder, ADAPTER)
+        except ValueError:  # an error, which `file_errors` tells
+            return
         if found != int(stated[1].replace(",", "")):
             yield "adapter-size", f"the card says {stated[1]} parameters, {ADAPTER} holds {found:,}"
 

@@ -77,7 +77,7 @@ def _of_folder(folder: Path, repo_id: str | None) -> Report:
         )
         report.warnings += _findings(file_warnings(folder, files, {}, ""))
         return report
-    _check(report, (folder / "README.md").read_text(encoding="utf-8-sig"), folder, files, repo_id)
+    _check_file(report, folder / "README.md", folder, files, repo_id)
     return report
 
 
@@ -85,12 +85,21 @@ def _of_repo(repo_id: str) -> Report:
     report, api = Report(), HfApi()
     files = sorted(api.list_repo_files(repo_id))
     try:
-        text = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8-sig")
+        readme = Path(api.hf_hub_download(repo_id, "README.md"))
     except EntryNotFoundError:
         report.errors.append(Finding("card-missing", f"{repo_id} has no README.md; write one with `build_card`"))
         return report
-    _check(report, text, None, files, repo_id)
+    _check_file(report, readme, None, files, repo_id)
     return report
+
+
+def _check_file(report: Report, readme: Path, folder: Path | None, files: list[str], repo_id: str | None) -> None:
+    try:
+        content = readme.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        report.errors.append(Finding("encoding", f"README.md is not UTF-8 ({error}); save it as UTF-8"))
+        return
+    _check(report, content, folder, files, repo_id)
 
 
 def _check(report: Report, content: str, folder: Path | None, files: list[str], repo_id: str | None) -> None:

@@ -360,6 +360,12 @@ def test_folder_rules(tmp_path):
     assert rules(validate(str(tmp_path)).warnings) == ["pickle", "library-name"]
 
 
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    assert rules(validate(tmp_path).errors) == ["weights-damaged", "encoding"]
+
+
 def test_size_of_the_adapter(tmp_path):
     save_file({"a": torch.zeros(3, 4), "b": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
     for stated, found in (("14", []), ("1,400", ["adapter-size"])):
