@@ -11,11 +11,11 @@ Cost, CostCallback, estimated_cost   what training cost
 
 from hf_ext.model_cards.card import build_card
 from hf_ext.model_cards.check import check_adapter
-from hf_ext.model_cards.cost import Cost, CostCallback, estimated_cost
+from hf_ext.model_cards.facts.cost import Cost, CostCallback, estimated_cost
 from hf_ext.model_cards.publish import PublishError, publish
+from hf_ext.model_cards.rules.sections import score
 from hf_ext.model_cards.running import SnippetError
 from hf_ext.model_cards.saving import save
-from hf_ext.model_cards.sections import score
 from hf_ext.model_cards.validate import Report, validate
 from hf_ext.model_cards.verify import Verification, verify
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer
 
 from hf_ext.model_cards.card import build_card
-from hf_ext.model_cards.facts import Artefact
+from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.markers import load_card, merge
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_ext.model_cards.base_model import BaseModel
-from hf_ext.model_cards.collect import collect
-from hf_ext.model_cards.cost import Cost, EmissionsData, read_cost
-from hf_ext.model_cards.facts import Artefact, Facts
+from hf_ext.model_cards.facts.base_model import BaseModel
+from hf_ext.model_cards.facts.collect import collect
+from hf_ext.model_cards.facts.cost import Cost, EmissionsData, read_cost
+from hf_ext.model_cards.facts.records import Artefact, Facts
+from hf_ext.model_cards.facts.results import DatasetName, MetricsReport, Results, read_results
+from hf_ext.model_cards.facts.unlearning import TAG, read_unlearning
 from hf_ext.model_cards.loading import own_peft_method, snippet, without_us
 from hf_ext.model_cards.markers import BEGIN, END, run_note
-from hf_ext.model_cards.results import DatasetName, MetricsReport, Results, read_results
+from hf_ext.model_cards.rules.sections import UNSTATED
 from hf_ext.model_cards.running import NOT_RUN
-from hf_ext.model_cards.sections import UNSTATED
-from hf_ext.model_cards.unlearning import TAG, read_unlearning
 
 _NO_TRAINING = {
     "model": "The card was made from the model alone, which does not know how it was trained.",

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hf_ext.model_cards.folder_rules import PICKLES
+from hf_ext.model_cards.rules.folder import PICKLES
 from hf_ext.registry import METHODS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
-from hf_ext.model_cards.base_model import REPO_ID
 from hf_ext.model_cards.beside import replace_text
 from hf_ext.model_cards.card import build_card
+from hf_ext.model_cards.facts.base_model import REPO_ID
 from hf_ext.model_cards.markers import load_card, merge
 from hf_ext.model_cards.validate import Report, validate
 from hf_ext.model_cards.verify import verify

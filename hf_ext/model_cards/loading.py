@@ -13,8 +13,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_ext.model_cards.base_model import BaseModel
-from hf_ext.model_cards.facts import Facts
+from hf_ext.model_cards.facts.base_model import BaseModel
+from hf_ext.model_cards.facts.records import Facts
 from hf_ext.registry import METHODS, Method
 
 # Stands for the repository until `publish` knows its id: Python that works inside the saved folder.

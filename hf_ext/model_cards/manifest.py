@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_ext.model_cards.base_model import file_digest
-from hf_ext.model_cards.facts import Facts
+from hf_ext.model_cards.facts.base_model import file_digest
+from hf_ext.model_cards.facts.records import Facts
 from hf_ext.model_cards.probe import Probe
 from hf_ext.model_cards.running import SnippetRun
 

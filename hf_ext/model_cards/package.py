@@ -16,10 +16,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from hf_ext.model_cards.artefacts import is_cache, is_pipeline
-from hf_ext.model_cards.base_model import REPO_ID, identify
 from hf_ext.model_cards.card import build_card
-from hf_ext.model_cards.collect import (
+from hf_ext.model_cards.facts.artefacts import is_cache, is_pipeline
+from hf_ext.model_cards.facts.base_model import REPO_ID, identify
+from hf_ext.model_cards.facts.collect import (
     adapter_config,
     adapter_name,
     check_mergeable,
@@ -28,7 +28,7 @@ from hf_ext.model_cards.collect import (
     tokenizer_of,
     unwrapped_model,
 )
-from hf_ext.model_cards.facts import Artefact
+from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.loading import HERE, local_names
 from hf_ext.model_cards.manifest import write_manifest
 from hf_ext.model_cards.markers import BEGIN, END, is_ours, our_part, with_run_note

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_ext.model_cards.facts import Artefact
+from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import FILE as MANIFEST
 from hf_ext.model_cards.manifest import read_manifest
 from hf_ext.model_cards.markers import load_card, merge

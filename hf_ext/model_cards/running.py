@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
-from hf_ext.model_cards.leaks import TOKEN, without_paths
+from hf_ext.model_cards.rules.leaks import TOKEN, without_paths
 
 NOT_RUN = "This code was generated with the card; it was not run before publishing."
 _BLOCK = re.compile(r"```python[ \t]*\r?\n(.*?)```", re.DOTALL)

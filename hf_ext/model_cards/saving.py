@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_ext.model_cards.facts import Artefact
+from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import files_of, read_manifest
 from hf_ext.model_cards.markers import is_ours, load_card, merge
 from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package

@@ -11,12 +11,12 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_ext.model_cards.base_model import REPO_ID
-from hf_ext.model_cards.folder_rules import file_errors, file_warnings
-from hf_ext.model_cards.leaks import TOKEN
-from hf_ext.model_cards.metadata_rules import metadata_errors, metadata_warnings
-from hf_ext.model_cards.text_rules import text_warnings
-from hf_ext.model_cards.yaml_text import load
+from hf_ext.model_cards.facts.base_model import REPO_ID
+from hf_ext.model_cards.rules.folder import file_errors, file_warnings
+from hf_ext.model_cards.rules.leaks import TOKEN
+from hf_ext.model_cards.rules.metadata import metadata_errors, metadata_warnings
+from hf_ext.model_cards.rules.text import text_warnings
+from hf_ext.model_cards.rules.yaml_text import load
 
 
 @dataclass(frozen=True)

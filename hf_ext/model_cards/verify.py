@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, snapshot_download
 from torch import nn
 
 from hf_ext.model_cards import running
-from hf_ext.model_cards.base_model import REPO_ID, file_digest
-from hf_ext.model_cards.folder_rules import PICKLES
+from hf_ext.model_cards.facts.base_model import REPO_ID, file_digest
 from hf_ext.model_cards.loading import load
 from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.probe import Probe, repeat
+from hf_ext.model_cards.rules.folder import PICKLES
 from hf_ext.model_cards.running import SnippetError, code_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
-from hf_ext.model_cards.base_model import identify
+from hf_ext.model_cards.facts.base_model import identify
 from hf_ext.pipelines.roserag import RagPrompts
 from hf_ext.recipes.data import check_columns, load
 from hf_ext.recipes.methods import TEXTS

@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score
 from hf_ext import disaggregate
 from hf_ext.metrics.calibration import brier, ece, nll
 from hf_ext.metrics.statistics import bca_interval, holm, newcombe_interval, wilson_interval
-from hf_ext.model_cards.results import read_results
+from hf_ext.model_cards.facts.results import read_results
 
 
 def classified(seed=0, n=300, classes=3):

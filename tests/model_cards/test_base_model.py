@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hf_ext.model_cards.base_model import identify
+from hf_ext.model_cards.facts.base_model import identify
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_ext.model_cards import Cost, CostCallback, build_card, estimated_cost
-from hf_ext.model_cards.cost import read_cost
+from hf_ext.model_cards.facts.cost import read_cost
 from tests.conftest import make_tiny_llama
 
 ROW = {"emissions": "0.0125", "energy_consumed": "0.05", "country_iso_code": "DEU", "codecarbon_version": "3.3.2"}

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_ext.model_cards import build_card, save, validate
-from hf_ext.model_cards.base_model import identify
+from hf_ext.model_cards.facts.base_model import identify
 from tests.conftest import make_tiny_llama
 from tests.model_cards.test_card import row
 from tests.model_cards.tiny import lora_model

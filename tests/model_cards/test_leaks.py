@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, TOKEN, login_name, names_user, without_paths
+from hf_ext.model_cards.rules.leaks import EMAIL, LOCAL_PATH, TOKEN, login_name, names_user, without_paths
 
 
 @pytest.mark.parametrize(

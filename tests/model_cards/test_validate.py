@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.model_cards import score, validate
+from hf_ext.model_cards.rules.sections import SECTIONS, UNSTATED
 from hf_ext.model_cards.running import NOT_RUN
-from hf_ext.model_cards.sections import SECTIONS, UNSTATED
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import tiny_tokenizer
 

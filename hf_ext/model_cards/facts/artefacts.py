@@ -11,10 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 from peft import PeftConfig
 from transformers import Cache
 
-from hf_ext.model_cards.base_model import BaseModel, identify
-from hf_ext.model_cards.facts import AdapterFacts, Facts, task_of
-from hf_ext.model_cards.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
-from hf_ext.model_cards.tensors import headers
+from hf_ext.model_cards.facts.base_model import BaseModel, identify
+from hf_ext.model_cards.facts.records import AdapterFacts, Facts, task_of
+from hf_ext.model_cards.facts.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
+from hf_ext.model_cards.facts.tensors import headers
 from hf_ext.registry import METHODS, SQUAT, Method
 from hf_ext.registry import method as method_named
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from hf_ext.model_cards.leaks import EMAIL, LOCAL_PATH, login_name, names_user
-from hf_ext.model_cards.model_index import is_finite_number, stated_results
+from hf_ext.model_cards.rules.leaks import EMAIL, LOCAL_PATH, login_name, names_user
+from hf_ext.model_cards.rules.model_index import is_finite_number, stated_results
+from hf_ext.model_cards.rules.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
+from hf_ext.model_cards.rules.yaml_text import told
 from hf_ext.model_cards.running import NOT_RUN
-from hf_ext.model_cards.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
-from hf_ext.model_cards.yaml_text import told
 from hf_ext.registry import METHODS
 
 _BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)

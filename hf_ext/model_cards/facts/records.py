@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Cache, Trainer
 from transformers.models.auto import modeling_auto as auto
 
-from hf_ext.model_cards.base_model import BaseModel
-from hf_ext.model_cards.training import TrainingFacts
+from hf_ext.model_cards.facts.base_model import BaseModel
+from hf_ext.model_cards.facts.training import TrainingFacts
 from hf_ext.registry import Method
 
 # What a card can be made of: a model, its trainer, a cache, a pipeline of diffusers (whose class may not be installed), or a folder.

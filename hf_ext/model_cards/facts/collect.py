@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_ext._compat import has_injected_adapters
-from hf_ext.model_cards.artefacts import asked_methods, collect_artefact, is_cache, is_pipeline, versions_of
-from hf_ext.model_cards.base_model import BaseModel, identify
-from hf_ext.model_cards.facts import AdapterFacts, Artefact, Facts, task_of
-from hf_ext.model_cards.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
-from hf_ext.model_cards.training import training_facts
-from hf_ext.model_cards.unlearning import unlearning_methods
+from hf_ext.model_cards.facts.artefacts import asked_methods, collect_artefact, is_cache, is_pipeline, versions_of
+from hf_ext.model_cards.facts.base_model import BaseModel, identify
+from hf_ext.model_cards.facts.records import AdapterFacts, Artefact, Facts, task_of
+from hf_ext.model_cards.facts.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
+from hf_ext.model_cards.facts.training import training_facts
+from hf_ext.model_cards.facts.unlearning import unlearning_methods
 from hf_ext.registry import METHODS, Method
 
 Model = PeftModel | PreTrainedModel

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_ext.model_cards.tensors import headers
-from hf_ext.model_cards.yaml_text import load
+from hf_ext.model_cards.facts.tensors import headers
+from hf_ext.model_cards.rules.yaml_text import load
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}

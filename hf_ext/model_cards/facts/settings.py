@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import Any
 
-from hf_ext.model_cards.leaks import TOKEN, without_paths
+from hf_ext.model_cards.rules.leaks import TOKEN, without_paths
 
 # Said elsewhere in the card, or meaningless outside the run.
 NOT_SETTINGS = frozenset(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from huggingface_hub import EvalResult
 
 from hf_ext.metrics.disaggregation import GroupReport
-from hf_ext.model_cards.base_model import REPO_ID
+from hf_ext.model_cards.facts.base_model import REPO_ID
 
 
 class MetricsReport(Protocol):

@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_ext.model_cards.hub_lists import BASE_MODEL_RELATIONS, LANGUAGES, LIBRARIES, LICENSES, PIPELINE_TAGS
-from hf_ext.model_cards.model_index import Result, frozen, is_finite_number, stated_results
-from hf_ext.model_cards.yaml_text import told
+from hf_ext.model_cards.rules.hub_lists import BASE_MODEL_RELATIONS, LANGUAGES, LIBRARIES, LICENSES, PIPELINE_TAGS
+from hf_ext.model_cards.rules.model_index import Result, frozen, is_finite_number, stated_results
+from hf_ext.model_cards.rules.yaml_text import told
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 

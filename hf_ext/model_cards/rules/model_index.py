@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from hf_ext.model_cards.yaml_text import told
+from hf_ext.model_cards.rules.yaml_text import told
 
 # The parts of a result by which the Hub groups its metrics.
 _GROUPED_BY = (

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_ext.model_cards.cost import Cost, measured_cost
-from hf_ext.model_cards.results import DataMaker, DatasetName, MetricsReport, Reporting
-from hf_ext.model_cards.settings import as_text, changed_fields, own_fields
+from hf_ext.model_cards.facts.cost import Cost, measured_cost
+from hf_ext.model_cards.facts.results import DataMaker, DatasetName, MetricsReport, Reporting
+from hf_ext.model_cards.facts.settings import as_text, changed_fields, own_fields
 
 # The library's arguments that shape the model. The others say how a run is watched, stored and hosted, and one of them
 # holds an access token.

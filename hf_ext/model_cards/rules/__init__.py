@@ -1,0 +1,1 @@
+"""What `validate` checks, rule by rule; each module yields (rule, message)."""
