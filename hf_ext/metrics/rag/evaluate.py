@@ -68,6 +68,11 @@ def evaluate_rag(
         answers = list(reader(inputs))
         if len(answers) != len(rows):
             raise ValueError(f"the reader gave {len(answers)} answers to {len(rows)} questions; return one for each.")
+        for found in answers:
+            if not isinstance(found, Mapping) or "answer" not in found:
+                raise ValueError(
+                    f"the reader gave {found!r}; give a mapping with answer, and rationale if there is one."
+                )
         for question, given, found in zip(rows, inputs, answers, strict=True):
             records.append({"condition": condition.name, **_judged(question, given["documents"], found, matcher)})
     return RagReport(tuple(names), records, {"match": matcher.match, "seed": seed, "questions": len(asked)})

@@ -139,3 +139,5 @@ def test_bad_evaluations():
         evaluate_rag(first_capital, rows(), [Condition(), Condition()])
     with pytest.raises(ValueError, match="5 answers to 6 questions"):
         evaluate_rag(lambda inputs: first_capital(inputs)[1:], rows(), [Condition()])
+    with pytest.raises(ValueError, match="the reader gave 'Paris'; give a mapping with answer"):
+        evaluate_rag(lambda inputs: ["Paris"] * len(inputs), rows(), [Condition()])
