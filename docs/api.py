@@ -216,7 +216,8 @@ def _fields(cls: type) -> list[str]:
     for field in dataclasses.fields(cls):
         if field.name not in own or not field.init or field.name.startswith("_"):
             continue
-        text = f"{field.name}: {_type(field.type)}"
+        # Not the field's own type, into which transformers' parser of arguments writes what it makes of it.
+        text = f"{field.name}: {_type(own[field.name])}"
         if field.default_factory is not dataclasses.MISSING:
             text += f" = {_default(field.default_factory())}"
         elif field.default is not dataclasses.MISSING:

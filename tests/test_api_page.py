@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import HfArgumentParser
 
 import hf_ext
 from docs import api
@@ -28,6 +29,15 @@ def test_the_page_does_not_depend_on_the_machine():
     page = api.page()
     assert page == api.page()
     assert not re.search(r"0x[0-9a-f]{6}|<function|<class|(?<!\w)/(?:home|root|usr|var)/|ForwardRef", page)
+
+
+def test_the_page_does_not_depend_on_what_has_been_parsed():
+    """transformers' parser of arguments rewrites the types of the fields it reads."""
+    entry = ENTRIES["hf_ext.trainers.adaptive_svd.AdaptiveSVDConfig"]
+    before = api.signature(entry)
+    HfArgumentParser(entry.value)
+    assert api.signature(entry) == before
+    assert "target_modules: list[str] | str | None = None" in before
 
 
 def test_signatures_defaults_and_errors():

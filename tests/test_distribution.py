@@ -155,7 +155,7 @@ def problem(name):
         return str(error)
 
 problems = {name: problem(name) for name in hf_ext.__all__}
-codes = [main([*command.split()]) for command in ("methods", "card .", "demo")]
+codes = [main([*command.split()]) for command in ("methods", "card validate .", "demo")]
 files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "hf_ext"]
 json.dump([problems, codes, files, hf_ext.__version__], open("found.json", "w"))
 """
