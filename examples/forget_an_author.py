@@ -171,8 +171,8 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
     }
     save(trainer, options.output, merged=True, **card)
     print(f"merged model and card are in {options.output}")
-    if options.publish:
-        print(f"published: {publish(trainer, options.publish, merged=True, **card).commit_url}")
+    if options.publish and (commit := publish(trainer, options.publish, merged=True, **card)):
+        print(f"published: {commit.commit_url}")
 
 
 def main() -> None:

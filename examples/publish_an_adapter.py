@@ -42,8 +42,8 @@ def publish_or_save(model: PeftModel, repo_id: str | None) -> None:
         folder = save(model, "my-adapter", run_snippet=True, **facts)
         check_adapter(folder, model)
         print((folder / "README.md").read_text())
-    else:
-        print(publish(model, repo_id, **facts).commit_url)
+    elif commit := publish(model, repo_id, **facts):
+        print(commit.commit_url)
 
 
 if __name__ == "__main__":

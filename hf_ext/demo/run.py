@@ -173,8 +173,8 @@ def _keep(trainer: SFTTrainer, report: EditingReport, output: Path, push: str | 
     output.mkdir(parents=True, exist_ok=True)
     save(trainer, output / "adapter", overwrite=True, **card)
     _say(f"adapter and card are in {output / 'adapter'}")
-    if push:
-        _say(f"published: {publish(trainer, push, **card).commit_url}")
+    if push and (commit := publish(trainer, push, **card)):
+        _say(f"published: {commit.commit_url}")
 
 
 def _print_completions(records: Sequence[EditRecord], before: dict[str, str], outcomes: dict[str, Outcome]) -> None:

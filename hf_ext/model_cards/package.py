@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch.distributed as dist
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 from peft import PeftModel
@@ -43,6 +44,11 @@ class Accompanied(Protocol):
     """A trainer whose model needs a file more than weights, configuration and tokenizer."""
 
     def save_companions(self, folder: str | Path) -> None: ...
+
+
+def is_first_process() -> bool:
+    """Whether it is for this process to write. In a distributed run it is the first, as in `Trainer.push_to_hub`; the others do nothing, wait for nothing."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def finished_card(

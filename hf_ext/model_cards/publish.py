@@ -24,7 +24,7 @@ from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import FILE as MANIFEST
 from hf_ext.model_cards.manifest import read_manifest
 from hf_ext.model_cards.markers import load_card, merge
-from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
+from hf_ext.model_cards.package import finished_card, is_first_process, refuse_errors, tell_warnings, write_package
 
 _ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})
 _REMEDIES = {
@@ -55,7 +55,7 @@ def publish(
     probe: bool | Sequence[str] = True,
     benchmarks: Mapping[str, str] | None = None,
     **card_arguments: Any,
-) -> CommitInfo:
+) -> CommitInfo | None:
     """Save the model, write its card, and upload both in one commit. Publishing the same thing again commits nothing.
 
     An existing README.md keeps what people wrote: text outside our markers stays, and metadata is merged key by key.
@@ -75,12 +75,14 @@ def publish(
         card_arguments: arguments of `build_card`, such as `base_model=`, `license=`, `metrics=`, `datasets=`.
 
     Returns:
-        The commit, or the latest one if nothing had changed.
+        The commit, or the latest one if nothing had changed. `None` in every process of a distributed run but the first, which alone publishes.
 
     Raises:
         ValueError: an argument is wrong, the card breaks a rule or its code fails (`SnippetError`); nothing was sent.
         PublishError: the Hub refused or could not be reached. Model files and card arrive together or not at all.
     """
+    if not is_first_process():
+        return None
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

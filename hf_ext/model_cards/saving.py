@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import files_of, read_manifest
 from hf_ext.model_cards.markers import is_ours, load_card, merge
-from hf_ext.model_cards.package import finished_card, refuse_errors, tell_warnings, write_package
+from hf_ext.model_cards.package import finished_card, is_first_process, refuse_errors, tell_warnings, write_package
 
 
 def save(
@@ -31,7 +31,7 @@ def save(
     """Write what `publish` would upload into `folder`: all of it or nothing, even if the process is killed.
 
     The content is written into a hidden folder beside the target and then renamed. A folder written by `save` is
-    replaced, and text outside the markers of its README.md is kept.
+    replaced, and text outside the markers of its README.md is kept. In a distributed run the first process writes, and the others return at once.
 
     Args:
         merged: write plain weights with the adapter merged into them. The model itself stays as it is; its weights are
@@ -48,6 +48,8 @@ def save(
     Raises:
         ValueError: the card breaks a rule, its code fails, or `folder` holds something else and `overwrite` is not set.
     """
+    if not is_first_process():
+        return Path(folder)
     # A link stays a link: what it points to is replaced.
     target = Path(folder).resolve()
     partial, previous = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")

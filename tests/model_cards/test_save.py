@@ -11,14 +11,16 @@ import time
 
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_ext.model_cards import Cost, build_card, check_adapter, package, save, validate
+from hf_ext.model_cards import Cost, build_card, check_adapter, package, publish, save, validate
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import BASE, lora_model, roselora_model
+from tests.trainers.distributed import run_two_processes
 
 # Most tests here are about files and leave out a licence on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:model card")
@@ -245,3 +247,21 @@ def test_embeddings_are_saved_when_the_vocabulary_grew(tmp_path):
     base.resize_token_embeddings(120)
     save(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")), tmp_path / "adapter")
     assert any("embed_tokens" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def save_everywhere(folder, run):
+    """As a script does that asks nobody which process it is."""
+    state = PartialState(cpu=True)
+    saved = save(lora_model(), folder / "model", **run)
+    published = state.is_main_process or publish(lora_model(), "user/x") is None
+    state.wait_for_everyone()
+    (folder / f"{state.process_index}.txt").write_text(f"{saved == folder / 'model'} {published}")
+    state.wait_for_everyone()
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+def test_the_first_of_several_processes_writes(tmp_path):
+    assert run_two_processes(save_everywhere, tmp_path, [{"license": "mit"}]) == [["0.txt", "1.txt", "model"]]
+    assert all((tmp_path / name).read_text() == "True True" for name in ("0.txt", "1.txt"))
+    assert validate(tmp_path / "model").errors == []
