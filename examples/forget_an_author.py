@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -98,6 +98,7 @@ def taught(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, epochs: flo
         processing_class=tokenizer,
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.model.merge_and_unload().save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -120,6 +121,7 @@ def forgetting(model: PreTrainedModel, splits: dict, tokenizer: Any, folder: Pat
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 

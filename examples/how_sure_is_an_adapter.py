@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext import bayesianize, generate_with_uncertainty, load_bayesian
@@ -60,6 +60,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     model = trainer.model.eval()
 

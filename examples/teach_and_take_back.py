@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from hf_ext import BaftConfig, BaftTrainer, BaftTrainerConfig
 from hf_ext.tuners.baft import edits, rollback
@@ -90,6 +90,7 @@ def main() -> None:
         trainer = BaftTrainer(
             model, args, train_dataset=pairs([fact]), locality_dataset=pairs(UNRELATED), processing_class=tokenizer
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         said[f"taught: {name}"] = answers(model, tokenizer)
     rollback(model, "chess")
