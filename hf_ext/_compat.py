@@ -244,6 +244,14 @@ def without_appended_eos(trainer):
         trainer._tokenizer = tokenizer
 
 
+# -- datasets --------------------------------------------------------------------------------------------------------
+
+
+def dataset_fingerprint(dataset: Any) -> str | None:
+    """The hash by which `datasets` tells one state of a `Dataset` from another, which has no public name; `None` for a stream or anything else."""
+    return getattr(dataset, "_fingerprint", None) if hasattr(dataset, "cache_files") else None
+
+
 # -- TRL, for hf_ext.trainers.flat ------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from datasets import Dataset
 from diffusers.callbacks import PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import _get_pipeline_class
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftType
@@ -125,6 +126,14 @@ def test_sdpa_takes_an_attention_for_causal_unless_it_denies_it():
         ours, _ = sdpa_attention_forward(module, query, query, query, None, is_causal=None)
         right = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=causal)
         torch.testing.assert_close(ours, right.transpose(1, 2))
+
+
+def test_datasets_have_fingerprints():
+    rows = Dataset.from_dict({"a": [1, 2]})
+    fingerprints = [_compat.dataset_fingerprint(each) for each in (rows, rows.map(lambda row: {"b": row["a"]}))]
+    assert all(isinstance(each, str) for each in fingerprints) and fingerprints[0] != fingerprints[1]
+    assert _compat.dataset_fingerprint(Dataset.from_dict({"a": [1, 2]})) == fingerprints[0]
+    assert _compat.dataset_fingerprint(rows.to_iterable_dataset()) is _compat.dataset_fingerprint([1]) is None
 
 
 def test_trl_tokenises_and_splits_as_the_unlearning_data_expects():

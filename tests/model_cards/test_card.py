@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_ext import BaftConfig, LorVpConfig, NeatConfig, disaggregate
+from hf_ext import BaftConfig, LorVpConfig, NeatConfig, _compat, disaggregate
 from hf_ext.model_cards import build_card, score, validate
 from hf_ext.registry import METHODS, OVERTONE, ROSELORA
 from tests.conftest import make_tiny_llama
@@ -309,7 +309,8 @@ def test_sft_run(tmp_path):
     procedure = section(card, "Training details")
     assert "`SFTTrainer`, 2 optimizer steps (1 epochs), 2 sequences per step" in procedure
     assert "optimizer AdamW, seed 42" in procedure and "last logged training loss: " in procedure
-    assert "Training rows: 4." in procedure
+    fingerprint = _compat.dataset_fingerprint(trainer.train_dataset)
+    assert f"Training rows: 4, fingerprint `{fingerprint}` as the trainer read them." in procedure
     assert (row(card, "learning_rate"), row(card, "lr_scheduler_type")) == ("0.0003", "linear")
     assert float(row(card, "loss")) > 0
     assert {"trl", "sft"} < set(card.data.tags)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_ext._compat import dataset_fingerprint
 from hf_ext.model_cards.facts.cost import Cost, measured_cost
 from hf_ext.model_cards.facts.results import DataMaker, DatasetName, MetricsReport, Reporting
 from hf_ext.model_cards.facts.settings import as_text, changed_fields, own_fields
@@ -78,6 +79,7 @@ class TrainingFacts:
     cost: Cost | None = None
     hardware: str = ""
     train_rows: int | None = None
+    train_fingerprint: str | None = None
     eval_rows: int | None = None
     train_dataset: DatasetName | None = None
     eval_dataset: DatasetName | None = None
@@ -109,6 +111,7 @@ def training_facts(trainer: Trainer) -> TrainingFacts:
         cost=measured_cost(trainer),
         hardware=_hardware(args),
         train_rows=_rows(trainer.train_dataset),
+        train_fingerprint=dataset_fingerprint(trainer.train_dataset),
         eval_rows=_rows(trainer.eval_dataset) if _is_of(evaluation, trainer.eval_dataset) else _rows_of(evaluation),
         train_dataset=dataset_name(trainer.train_dataset),
         eval_dataset=dataset_name(trainer.eval_dataset) if _is_of(evaluation, trainer.eval_dataset) else None,

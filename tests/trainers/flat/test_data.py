@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from hf_ext._compat import dataset_fingerprint
 from hf_ext.trainers.flat import UnlearnTrainer
 from hf_ext.trainers.flat.data import DEFAULT_TEMPLATES, UnlearnCollator, load_templates, sequences, stack_sequences
 from tests.conftest import make_tiny_llama
@@ -31,6 +32,32 @@ def rows_of(folder, data=None, overrides=None, **kwargs) -> list[dict]:
 
 def words(ids: list[int]) -> str:
     return make_tokenizer().decode(ids)
+
+
+def test_rows_are_tokenised_anew_when_anything_that_decides_on_them_changes(tmp_path):
+    """Rows on disk, where datasets keeps what it made of them."""
+    make_forget().save_to_disk(tmp_path / "rows")
+
+    def tokens(change=None, data=None, refusals=REFUSALS) -> list:
+        tokenizer = make_tokenizer()
+        if change is not None:
+            change(tokenizer)
+        rows = load_from_disk(tmp_path / "rows") if data is None else data
+        args = make_args(tmp_path, template_answers=refusals)
+        trainer = UnlearnTrainer(make_tiny_llama(), args, train_dataset=rows, processing_class=tokenizer)
+        return [dataset_fingerprint(trainer.train_dataset), *sequences(trainer.train_dataset[0])]
+
+    def merged(tokenizer):
+        tokenizer.add_tokens(["w0 w1"])
+
+    def templated(tokenizer):
+        tokenizer.chat_template = "{{ messages }}"
+
+    first = tokens()
+    assert tokens() == first
+    assert tokens(merged)[1:] != first[1:]
+    changes = tokens(templated), tokens(data=make_forget(7)), tokens(refusals=REFUSALS[:2])
+    assert len({first[0], *(found[0] for found in changes)}) == 4
 
 
 def test_own_sentences_are_distinct():
