@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "forget_an_author.py"
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_the_example_publishes_what_it_measured(real_model_path, tmp_path, monkeypatch, capsys):
-    small = ["--rows", "2", "--epochs", "6", "--steps", "5", "--learning-rate", "1e-3", "--without-retrained"]
+    small = ["--rows", "1", "--epochs", "6", "--steps", "4", "--learning-rate", "1e-3", "--without-retrained"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *small, "--output", str(tmp_path / "out")])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
@@ -35,4 +35,4 @@ def test_the_example_publishes_what_it_measured(real_model_path, tmp_path, monke
     text = ModelCard.load(tmp_path / "out" / "README.md").text
     assert "merged into these weights, so it cannot be switched off here" in text
     assert "No retrained model was given" in text
-    assert "Attacks that were not made: in context, sampling, gradient norm." in text
+    assert "Attacks that were not made: in context, sampling, relearning, gradient norm." in text

@@ -29,5 +29,8 @@ def test_the_share_of_half_precision_after_4096_tokens(dtype):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_decoding_takes_little_more_than_the_cache():
     # What else happens in a process only adds, and up to 7 % of the cache did in 23 measurements.
-    measured = min((apart("SQuatCache, 2 bits", 8192) for _ in range(2)), key=lambda m: m["decode"] / m["cache"])
+    for _ in range(2):
+        measured = apart("SQuatCache, 2 bits", 8192)
+        if measured["decode"] < 1.1 * measured["cache"]:
+            break
     assert 0.9 * measured["cache"] < measured["decode"] < 1.1 * measured["cache"], measured

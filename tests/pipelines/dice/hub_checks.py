@@ -1,10 +1,11 @@
 """Pipelines pushed to the loopback Hub, and loaded in new processes, with hf_ext and without. Run by `test_publishing.py` in a child process."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
@@ -14,59 +15,69 @@ from tests.pipelines.dice.kinds import KINDS, inverted, seeded
 
 # Without hf_ext: importing it fails as where it is not installed.
 BLOCKED = "import sys; sys.modules['hf_ext'] = None\n"
+# Edits and reconstructs with each of the pipelines that `load` gives; the jobs are in a file.
 EDIT = """
-import sys
+import json, sys
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-pipe.set_progress_bar_config(disable=True)
-trace_class = getattr(sys.modules[type(pipe).__module__], "DiceTrace", None)
-if trace_class is None:
-    from hf_ext.pipelines.dice import DiceTrace as trace_class
-trace = trace_class.load(sys.argv[1])
-generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-found = pipe.edit(trace, sys.argv[2], lambda1=0.3, generator=generators, output_type="seq")
-save_file({"sequences": found.sequences, "back": pipe.reconstruct(trace, output_type="seq").sequences}, sys.argv[3])
-print(type(pipe).__module__)
+{load}
+for cls, repo, trace, target, found in json.load(open(sys.argv[1])):
+    pipe = load(cls, repo)
+    pipe.set_progress_bar_config(disable=True)
+    trace_class = getattr(sys.modules[type(pipe).__module__], "DiceTrace", None)
+    if trace_class is None:
+        from hf_ext.pipelines.dice import DiceTrace as trace_class
+    trace = trace_class.load(trace)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    edited = pipe.edit(trace, target, lambda1=0.3, generator=generators, output_type="seq").sequences
+    save_file({{"sequences": edited, "back": pipe.reconstruct(trace, output_type="seq").sequences}}, found)
+    print(type(pipe).__module__)
 """
 WITH = """
-from diffusers import DiffusionPipeline
-from hf_ext import {cls}
-pipe = {cls}.from_pretrained({repo!r})
-assert type(DiffusionPipeline.from_pretrained({repo!r})) is {cls}
+import hf_ext
+def load(cls, repo):
+    cls = getattr(hf_ext, cls)
+    assert type(DiffusionPipeline.from_pretrained(repo)) is cls
+    return cls.from_pretrained(repo)
 """
-WITHOUT = (
-    BLOCKED
-    + """
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({repo!r}, custom_pipeline='pipeline', trust_remote_code=True)
+# diffusers gives the pipeline.py of every repository the same module.
+WITHOUT = """
+def load(cls, repo):
+    sys.modules.pop("diffusers_modules.local.pipeline", None)
+    return DiffusionPipeline.from_pretrained(repo, custom_pipeline="pipeline", trust_remote_code=True)
 """
-)
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ)
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ)
 
 
-@pytest.mark.parametrize("name", ["masked text", "diffusion text", "DiffusionGemma", "aMUSEd", "VQ-Diffusion"])
-def test_round_trip(hub, name, tmp_path):
-    pipe, target = KINDS[name].pipeline(), KINDS[name].prompts[1]
-    trace = inverted(name, pipe)
-    trace.save(tmp_path / "trace.safetensors")
-    expected = pipe.edit(trace, target, lambda1=0.3, generator=seeded(2, 5), output_type="seq").sequences
-    back = pipe.reconstruct(trace, output_type="seq").sequences
-    repo = f"user/{type(pipe).__name__}"
-    pipe.push_to_hub(repo)
-    assert len(HfApi().list_repo_commits(repo)) == 2  # the first is that of the empty repository
-    ways = {"diffusers_modules": WITHOUT, "hf_ext": WITH}
-    if name in ("diffusion text", "aMUSEd"):
-        del ways["hf_ext"]  # as the others of their kind
-    for module, load in ways.items():
-        code = load.format(cls=type(pipe).__name__, repo=repo) + EDIT
-        done = run(code, str(tmp_path / "trace.safetensors"), target, str(tmp_path / "found.safetensors"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = load_file(tmp_path / "found.safetensors")
-        assert found["sequences"].equal(expected) and found["back"].equal(back)
-        assert done.stdout.startswith(module)
+def test_round_trips(hub, tmp_path):
+    """One process with hf_ext and one without load and use a pipeline of every kind."""
+    expected, jobs = {}, []
+    for name in ("masked text", "diffusion text", "DiffusionGemma", "aMUSEd", "VQ-Diffusion"):
+        pipe, target = KINDS[name].pipeline(), KINDS[name].prompts[1]
+        cls = type(pipe).__name__
+        repo, trace_file, found = f"user/{cls}", str(tmp_path / f"{cls}.trace"), str(tmp_path / f"{cls}.found")
+        trace = inverted(name, pipe)
+        trace.save(trace_file)
+        edited = pipe.edit(trace, target, lambda1=0.3, generator=seeded(2, 5), output_type="seq").sequences
+        expected[found] = {"sequences": edited, "back": pipe.reconstruct(trace, output_type="seq").sequences}
+        pipe.push_to_hub(repo)
+        assert len(HfApi().list_repo_commits(repo)) == 2  # the first is that of the empty repository
+        jobs.append((cls, repo, trace_file, target, found))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    ways = {"diffusers_modules": BLOCKED + EDIT.format(load=WITHOUT), "hf_ext": EDIT.format(load=WITH)}
+    for module, code in ways.items():
+        done = run(code, tmp_path / "jobs.json")
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+        assert [line.split(".")[0] for line in done.stdout.splitlines()] == [module] * len(jobs)
+        for file, tensors in expected.items():
+            found = load_file(file)
+            assert all(found[name].equal(value) for name, value in tensors.items()), (module, file)
+            Path(file).unlink()
 
 
 def test_card_and_trust(hub):
