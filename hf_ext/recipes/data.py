@@ -43,7 +43,7 @@ def _load(key: str, name: str, config: str | None, streaming: bool) -> Mapping[s
         if path.is_file():
             return load_dataset("json", config, data_files=name, streaming=streaming)
         return load_dataset(name, config, streaming=streaming)
-    except (DatasetsError, TypeError) as error:
+    except (DatasetsError, TypeError, ValueError) as error:
         if isinstance(error, OSError):
             raise
         raise ValueError(f"{key}={name!r} cannot be read: {error.__cause__ or error}") from error
