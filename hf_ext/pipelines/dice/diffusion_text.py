@@ -20,7 +20,7 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
     Args:
         model: anything with `(input_ids, attention_mask) -> logits` at the positions of the inputs, in which every token sees all others.
         tokenizer: with a mask token; a chat template is used if there is one.
-        tau: share of noise in the last state, if `invert` is not told; 0.9 does better with random tokens.
+        tau: share of noise in the last state, if `invert` is not told; by default 1 with masks, 0.9 with random tokens.
         lambda1: strength of the residual, if `edit` is not told.
         noise: `"mask"`, or `"random"` tokens.
 
@@ -34,7 +34,7 @@ class DiceDiffusionTextPipeline(TextEditing, DiffusionPipeline):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        tau: float = 1.0,
+        tau: float | None = None,
         lambda1: float = 0.7,
         noise: str = "mask",
     ) -> None:

@@ -23,7 +23,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
 
     Args:
         vqvae, tokenizer, text_encoder, transformer, scheduler: those of `AmusedPipeline`; of the scheduler, its mask token is used.
-        tau: share of noise in the last state, if `invert` is not told; 0.9 does better with random codes.
+        tau: share of noise in the last state, if `invert` is not told; by default 1 with masks, 0.9 with random codes.
         lambda1: strength of the residual, if `edit` is not told; without guidance, 0.7 does better.
         guidance_scale: of classifier-free guidance, if `invert` is not told.
         noise: `"mask"`, or `"random"` codes, for models that were trained on some.
@@ -41,7 +41,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         text_encoder: CLIPTextModelWithProjection,
         transformer: UVit2DModel,
         scheduler: AmusedScheduler,
-        tau: float = 1.0,
+        tau: float | None = None,
         lambda1: float = 0.5,
         guidance_scale: float = 3.0,
         noise: str = "mask",
@@ -51,6 +51,7 @@ class DiceMaskedImagePipeline(PictureEditing, DiffusionPipeline):
         self.register_modules(
             vqvae=vqvae, tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, scheduler=scheduler
         )
+        tau = NOISES[noise] if tau is None else tau
         self.register_to_config(tau=tau, lambda1=lambda1, guidance_scale=guidance_scale, noise=noise)
         self._set_up_pictures()
 

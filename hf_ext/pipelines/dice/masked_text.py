@@ -17,7 +17,7 @@ class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
     Args:
         model: a masked language model, `AutoModelForMaskedLM`.
         tokenizer: its fast tokenizer.
-        tau: share of noise in the last state, if `invert` is not told; 1 does better with masks.
+        tau: share of noise in the last state, if `invert` is not told; by default 0.9 with random tokens, 1 with masks.
         lambda1: strength of the residual, if `edit` is not told.
         noise: `"random"` tokens, for models that were trained on some (BERT and its kin), or `"mask"`.
 
@@ -31,7 +31,7 @@ class DiceTextEditPipeline(TextEditing, DiffusionPipeline):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        tau: float = 0.9,
+        tau: float | None = None,
         lambda1: float = 0.7,
         noise: str = "random",
     ) -> None:

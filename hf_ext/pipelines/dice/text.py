@@ -46,7 +46,7 @@ class TextEditing(DiceEditing):
     tokenizer: Any
     model: Any
 
-    def _set_up(self, model: Any, tokenizer: Any, tau: float, lambda1: float, noise: str) -> None:
+    def _set_up(self, model: Any, tokenizer: Any, tau: float | None, lambda1: float, noise: str) -> None:
         """
         Raises:
             ValueError: noise is neither kind, or a mask that the tokenizer does not have.
@@ -57,7 +57,7 @@ class TextEditing(DiceEditing):
                 "noise='mask', and the tokenizer has no mask token; set tokenizer.mask_token, or take noise='random'."
             )
         self.register_modules(model=model, tokenizer=tokenizer)
-        self.register_to_config(tau=tau, lambda1=lambda1, noise=noise)
+        self.register_to_config(tau=NOISES[noise] if tau is None else tau, lambda1=lambda1, noise=noise)
 
     def _denoiser(self) -> nn.Module:
         return self.model

@@ -28,7 +28,8 @@ from hf_ext.pipelines.dice.reference import (
 )
 
 ANCHORS = ("auto", "model", "corrected", "onehot")
-NOISES = ("random", "mask")
+# Each with the share of noise in the last state that suits it: what is never a mask is never edited.
+NOISES = {"random": 0.9, "mask": 1.0}
 FORMAT = 1
 
 

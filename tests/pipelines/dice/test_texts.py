@@ -96,7 +96,9 @@ def test_noise():
     trace = inverted("masked text", tau=1.0)
     usual = set(pipeline("masked text")._ordinary.tolist())
     assert set(trace.noise[trace.editable].tolist()) <= usual and len(set(trace.noise[0].tolist())) > 2
-    masks = inverted("masked text, masks", tau=1.0)
+    assert trace.settings.carry_over is False and inverted("masked text").settings.tau == 0.9
+    masks = inverted("masked text, masks")  # every token is noise in the last state, so that every one can be edited
+    assert masks.settings.carry_over and masks.settings.tau == 1.0
     assert (masks.noise == masks.noise[0, 0]).all() and masks.noise[0, 0] == word_tokenizer().mask_token_id
     last = masks.state(len(masks.states) - 1)
     assert (last[masks.editable] == word_tokenizer().mask_token_id).all()
