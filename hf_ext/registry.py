@@ -56,7 +56,7 @@ ROSELORA = Method(
     slug="roselora",
     name="RoseLoRA",
     kind="PEFT type",
-    summary="LoRA whose update stays row- and column-sparse: edits and fine-tunes that leave unrelated knowledge alone",
+    summary="LoRA whose update stays row- and column-sparse: it changes a few per cent of a weight's entries, and can be applied and taken back as a patch",
     paper_title=(
         "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model "
         "for Knowledge Editing and Fine-tuning"
@@ -249,7 +249,7 @@ NEAT = Method(
     slug="neat",
     name="NEAT",
     kind="PEFT type",
-    summary="an update that a small network computes from the frozen weight itself: nonlinear in the weight, at the cost of LoRA",
+    summary="an update that a small network computes from the frozen weight itself: nonlinear in the weight, for somewhat more than LoRA takes in training and the same in use",
     paper_title="NEAT: Nonlinear Parameter-efficient Adaptation of Pre-trained Models",
     arxiv="2410.01870",
     citation="""@misc{zhong2024neat,
@@ -306,7 +306,7 @@ TFB = Method(
     slug="tfb",
     name="TFB",
     kind="LoRA posterior",
-    summary="turns a finished LoRA adapter into a distribution over adapters, without training: calibrated probabilities, and where the model does not know",
+    summary="turns a finished LoRA adapter into a distribution over adapters, without training: several draws, and how far their answers agree",
     paper_title="Training-Free Bayesianization for Low-Rank Adapters of Large Language Models",
     arxiv="2412.05723",
     citation="""@inproceedings{shi2025trainingfree,
