@@ -86,11 +86,14 @@ def table(results: Iterable[tuple[str, Line]]) -> str:
 
 def report(found: dict[str, list[Line]]) -> dict[str, Any]:
     """What is stored of the lines that each script found."""
+    lines = [(SCRIPTS[script], line) for script, lines in found.items() for line in lines]
+    above = [f"{method}, {line.what}" for method, line in lines if line.bar and round(line.ratio, 2) > line.bar]
+    exceptions = f"; not kept by: {'; '.join(above)}" if above else ""
     note = (
-        "Ratio: the median of ours / peer over pairs of runs in turn, spread: the smallest and the largest; memory is measured once. Bar: where the peer does the same work, ours is to take no more. "
-        "Small sizes, one thread; `python -m benchmarks.summary` repeats it."
+        "Ratio: the median of ours / peer over pairs of runs in turn, spread: the smallest and the largest; memory is measured once. "
+        f"Bar: where the peer does the same work, ours is to take no more{exceptions}. Small sizes, one thread; `python -m benchmarks.summary` repeats it."
     )
-    shown = table((SCRIPTS[script], line) for script, lines in found.items() for line in lines)
+    shown = table(lines)
     results = {script: [asdict(line) for line in lines] for script, lines in found.items()}
     return {"command": "python -m benchmarks.summary", "results": results, "table": f"{shown}\n\n{note}"}
 
