@@ -4,7 +4,7 @@
 
 A company's handbook says on which floor of which office things are. Gemma 3 270M writes its own reasoning to questions about half of the offices,
 RoseRAG sets the right answer it is least sure of against the wrong one it is most sure of, and trains a LoRA on such pairs. Both models then answer about the other
-offices, with ever more passages about something else. Interrupted, it goes on where it was. About 25 minutes on two cores; `--quick` asks a few questions, takes one
+offices, with ever more passages about something else. Interrupted, it keeps what has been written. About 25 minutes on two cores; `--quick` asks a few questions, takes one
 step and proves nothing.
 """
 
@@ -15,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -100,8 +101,12 @@ def main() -> None:
         cache_dir=options.output / "work",
     )
     rows = [{column: question[column] for column in ("id", "question", "answers")} for question in known]
-    pairs = builder.build(rows, options.output / "pairs")
-    print(f"\n{builder.report.table()}\n")
+    folder = options.output / ("pairs-quick" if options.quick else "pairs")
+    if folder.exists():
+        pairs = load_from_disk(str(folder))
+    else:
+        pairs = builder.build(rows, folder)
+        print(f"\n{builder.report.table()}\n")
 
     args = RoseRAGConfig(
         str(options.output / "adapter"),
