@@ -3,7 +3,7 @@
 It trains the tasks in order, reads the scores on all of them after each, and writes everything below `output_dir`:
 
     _continual_state.json          tasks, how many are learnt, the task matrix; written last, under a temporary name
-    README.md                      TRL's card with the task matrix
+    README.md                      our card with the task matrix
     _task_00_first/checkpoint-8/   checkpoints of one task, with optimizer and random state
     _task_00_first/                the model after the task
 
