@@ -100,7 +100,7 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     target.add_argument("target", metavar="PATH_OR_REPO")
 
     build = actions.add_parser(
-        "build", parents=[target], help="write a card, also for what was not made with hf_ext; what people wrote stays"
+        "build", parents=[target], help="write a card, also for what was not made with hf_ext; what is not said now stays as it was"
     )
     for name in ("base-model", "license", "evaluated-on", "intended-use", "out-of-scope", "factors", "ethics"):
         build.add_argument(f"--{name}")
@@ -108,6 +108,9 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
         build.add_argument(f"--{name}")
     for name in ("method", "language", "datasets", "caveats"):
         build.add_argument(f"--{name}", nargs="+")
+    build.add_argument("--license-name", help="of --license other")
+    build.add_argument("--license-link", metavar="URL", help="of --license other")
+    build.add_argument("--repo-id", help="where the folder will be uploaded, for the code that loads it")
     build.add_argument("--metrics", metavar="FILE", help="JSON object of name: number")
     build.add_argument("--output", metavar="FOLDER", help="write README.md there instead of into the folder itself")
     build.add_argument("--push", action="store_true", help="commit the card of a repository; it is printed otherwise")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from transformers import Trainer
 
 from hf_ext.model_cards.card import build_card
 from hf_ext.model_cards.facts.records import Artefact
-from hf_ext.model_cards.markers import load_card, merge
+from hf_ext.model_cards.markers import load_card, marked, read_card
+from hf_ext.model_cards.merging import merge
 
 
 def write_card(
@@ -28,47 +30,50 @@ def write_card(
     """Write the card of `trainer` to `folder/README.md`, through a temporary name.
 
     Args:
-        before: the card to unite ours with; the one in the folder if absent.
+        before: the text of the card to unite ours with; the one in the folder if absent.
         model_name, tags: added to the metadata.
         card_arguments: of `build_card`.
+
+    Raises:
+        ValueError: the card that is there cannot be read.
     """
     repo_id = card_arguments.pop("repo_id", trainer.hub_model_id)
-    card = build_card(trainer, repo_id=repo_id, **card_arguments)
+    card = marked(build_card(trainer, repo_id=repo_id, **card_arguments))
     if model_name is not None:
         card.data["model_name"] = model_name
     added = [tags] if isinstance(tags, str) else list(tags or ())
-    card.data["tags"] = list(dict.fromkeys([*card.data.get("tags"), *added]))
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *added]))
     readme = folder / "README.md"
-    if before is None and readme.is_file():
-        before = str(load_card(readme))
-    replace_text(readme, str(united(card, before) if before else card))
+    existing = None
+    if before:
+        existing = read_card(before)
+    elif before is None and readme.is_file():
+        existing = load_card(readme)
+    replace_text(readme, str(merge(card, existing) if existing else card))
 
 
 def write_remote_card(
     artefact: Artefact, folder: Path, repo_id: str, token: str | None, **card_arguments: Any
 ) -> None:
     """Write the card of `artefact`, united with the one that `repo_id` has, into a folder that will be uploaded there."""
-    card = build_card(artefact, repo_id=repo_id, **card_arguments)
+    card = marked(build_card(artefact, repo_id=repo_id, **card_arguments))
     try:
-        existing = ModelCard.load(repo_id, token=token, ignore_metadata_errors=True)
-    except EntryNotFoundError:
+        existing = load_card(Path(hf_hub_download(repo_id, "README.md", token=token)))
+    except RemoteEntryNotFoundError:
         existing = None
     replace_text(folder / "README.md", str(merge(card, existing) if existing else card))
 
 
-def united(card: ModelCard, existing: str) -> ModelCard:
-    """`card` with what people wrote around it in the text of an existing one."""
-    return merge(card, ModelCard(existing, ignore_metadata_errors=True))
-
-
 def replace_text(file: Path, text: str) -> None:
-    """Write all of `text`, or leave the file as it is."""
+    """Write all of `text`, or leave the file as it is; a link stays a link, and permissions stay."""
+    file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        scratch.write_text(text, encoding="utf-8")
+        if file.exists():
+            shutil.copymode(file, scratch)
         os.replace(scratch, file)
     except BaseException:
-        os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
         raise

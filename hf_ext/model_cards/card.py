@@ -22,7 +22,8 @@ from hf_ext.model_cards.markers import BEGIN, END, run_note
 from hf_ext.model_cards.rules.sections import UNSTATED
 from hf_ext.model_cards.running import NOT_RUN
 
-_NO_TRAINING = {
+# What a card made from a model alone says of its training.
+NO_TRAINING = {
     "model": "The card was made from the model alone, which does not know how it was trained.",
     "adapter": "The card was made from the adapter alone, which does not know how it was trained.",
     "pipeline": "Nothing was trained for this pipeline; how its models were trained is told by their cards.",
@@ -121,7 +122,7 @@ def build_card(
         snippet_note="\n\n".join([*_other_ways(facts, repo_id), run_note(NOT_RUN)]),
         datasets=[dataset.words for dataset in named],
         training=facts.training,
-        no_training=_NO_TRAINING[facts.kind],
+        no_training=NO_TRAINING[facts.kind],
         results=results,
         testing_data=_testing_data(facts, results, given=metrics is not None),
         factors=_factors(results, _text(factors)),

@@ -11,10 +11,13 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 
 from hf_ext.model_cards.beside import replace_text
 from hf_ext.model_cards.card import build_card
-from hf_ext.model_cards.facts.base_model import REPO_ID
-from hf_ext.model_cards.markers import load_card, merge
+from hf_ext.model_cards.facts.base_model import REPO_ID, file_digest
+from hf_ext.model_cards.manifest import read_manifest
+from hf_ext.model_cards.markers import is_ours, load_card, marked
+from hf_ext.model_cards.merging import merge, update
 from hf_ext.model_cards.validate import Report, validate
 from hf_ext.model_cards.verify import verify
+from hf_ext.registry import METHODS
 
 # What a card is made from; weights only where they are few.
 _DESCRIBING = ["*.json", "*.md", "*.txt", "adapter_model*.safetensors"]
@@ -25,18 +28,22 @@ _WORDS = (
 
 
 def build(options: argparse.Namespace) -> int:
-    """Write the card of a folder, or of a repository, united with the one that is there."""
+    """Write the card of a folder, or of a repository, into the one that is there; what is not said anew stays."""
     folder, repo_id = _located(options.target)
-    words = {name: value for name in _WORDS if (value := vars(options)[name]) is not None}
-    if options.metrics is not None:
-        words["metrics"] = _metrics(Path(options.metrics))
-    card = build_card(folder, repo_id=repo_id, **words)
     place = Path(options.output or folder)
-    for known in (place, folder):
-        if (known / "README.md").is_file():
-            card = merge(card, load_card(known / "README.md"))
-            break
-    report = validate(card, repo_id=repo_id)
+    there = next((readme for readme in (place / "README.md", folder / "README.md") if readme.is_file()), None)
+    existing = load_card(there) if there else None
+    given = {name: value for name in _WORDS if (value := vars(options)[name]) is not None}
+    if options.metrics is not None:
+        given["metrics"] = _metrics(Path(options.metrics))
+    words = {**_stated(existing), **given} if existing else given
+    card = marked(build_card(folder, repo_id=options.repo_id or repo_id, **words))
+    for key in ("license_name", "license_link"):
+        if (value := vars(options)[key]) is not None:
+            card.data[key] = given[key] = value
+    if existing:
+        card = update(card, existing, given) if _is_as_described(folder, existing) else merge(card, existing)
+    report = validate(card, repo_id=options.repo_id or repo_id)
     if report.errors:
         return _told(report)
     if repo_id is None or options.output is not None:
@@ -47,6 +54,32 @@ def build(options: argparse.Namespace) -> int:
     else:
         print(card)
     return _told(report)
+
+
+def _stated(card: ModelCard) -> dict[str, Any]:
+    """What an existing card's metadata say that our text repeats."""
+    tags, base, license, datasets = (card.data.get(key) for key in ("tags", "base_model", "license", "datasets"))
+    words: dict[str, Any] = {}
+    if isinstance(base, str) and REPO_ID.fullmatch(base):
+        words["base_model"] = base
+    if isinstance(license, str):
+        words["license"] = license
+    if isinstance(datasets, list) and all(isinstance(name, str) for name in datasets):
+        words["datasets"] = datasets
+    if is_ours(card.text) and isinstance(tags, list):
+        words["method"] = [method.slug for method in METHODS if method.slug in tags]
+    return {name: value for name, value in words.items() if value}
+
+
+def _is_as_described(folder: Path, card: ModelCard) -> bool:
+    """Whether the files are those that `card` was written for, as far as that was recorded."""
+    if not is_ours(card.text):
+        return True
+    try:
+        files = read_manifest(folder)["files"]
+    except ValueError:
+        return True
+    return all(file_digest(folder / name) == digest for name, digest in files.items() if (folder / name).is_file())
 
 
 def check(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from hf_ext.model_cards.facts.collect import (
 from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.loading import HERE, local_names
 from hf_ext.model_cards.manifest import write_manifest
-from hf_ext.model_cards.markers import BEGIN, END, is_ours, our_part, with_run_note
+from hf_ext.model_cards.markers import marked, our_part, with_run_note
 from hf_ext.model_cards.probe import record, tokenized
 from hf_ext.model_cards.running import NOT_RUN, SnippetError, code_of, run_snippet
 from hf_ext.model_cards.validate import validate
@@ -56,17 +56,13 @@ def finished_card(
 ) -> ModelCard:
     """The given card, or one built from `arguments`; with markers, and with the repository's id in its code."""
     if card is None:
-        return build_card(model_or_trainer, merged=merged, **arguments)
+        return marked(build_card(model_or_trainer, merged=merged, **arguments))
     repo_id = arguments.pop("repo_id", None)
     if arguments:
         raise ValueError(f"{', '.join(arguments)}: give these to `build_card`, since a finished card was passed.")
     text = str(card) if repo_id is None else str(card).replace(HERE, f'"{repo_id}"')
     # A card that was published before tells of another run.
-    card = ModelCard(with_run_note(text, NOT_RUN))
-    if not is_ours(card.text):
-        # Written by hand from beginning to end; with markers it can be replaced when the model is published again.
-        card.text = f"\n{BEGIN}\n{card.text}\n{END}\n"
-    return card
+    return marked(ModelCard(with_run_note(text, NOT_RUN)))
 
 
 def refuse_errors(card: ModelCard) -> None:

@@ -23,7 +23,8 @@ from huggingface_hub.utils import validate_repo_id
 from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import FILE as MANIFEST
 from hf_ext.model_cards.manifest import read_manifest
-from hf_ext.model_cards.markers import load_card, merge
+from hf_ext.model_cards.markers import load_card
+from hf_ext.model_cards.merging import merge
 from hf_ext.model_cards.package import finished_card, is_first_process, refuse_errors, tell_warnings, write_package
 
 _ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})

@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import files_of, read_manifest
-from hf_ext.model_cards.markers import is_ours, load_card, merge
+from hf_ext.model_cards.markers import is_ours, load_card
+from hf_ext.model_cards.merging import merge
 from hf_ext.model_cards.package import finished_card, is_first_process, refuse_errors, tell_warnings, write_package
 
 
@@ -36,7 +37,7 @@ def save(
     Args:
         merged: write plain weights with the adapter merged into them. The model itself stays as it is; its weights are
             in memory twice meanwhile.
-        overwrite: replace a folder that `save` did not write.
+        overwrite: replace a folder that `save` did not write, or that has got other files; text around our part of its README.md is kept all the same.
         run_snippet: run the code of the card in the new folder, in a process of its own that is told to work offline; what it prints goes into
             the card.
         probe: record in `hf_ext_card.json` what the model answers to 32 inputs, for `verify`: drawn from its vocabulary, or
@@ -56,7 +57,8 @@ def save(
     if previous.exists() and not target.exists():
         # A process was killed between the two renames below.
         previous.rename(target)
-    ours = _is_ours(target)
+    existing, manifest = _found(target)
+    ours = manifest is not None and set(files_of(target)) <= set(manifest["files"])
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not ours and not (overwrite and target.is_dir()):
         raise ValueError(
@@ -64,8 +66,8 @@ def save(
             "replace the folder and everything in it."
         )
     card = finished_card(model_or_trainer, card, merged, card_arguments)
-    existing = (load_card(target / "README.md"), read_manifest(target)["card"]) if ours else None
-    refuse_errors(merge(card, *existing) if existing else card)
+    before = manifest["card"] if manifest else None
+    refuse_errors(merge(card, existing, before) if existing else card)
     for leftover in (partial, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -81,7 +83,7 @@ def save(
             benchmarks=benchmarks,
         )
         if existing:
-            card = merge(card, *existing)
+            card = merge(card, existing, before)
         card.save(partial / "README.md")
     except BaseException:
         shutil.rmtree(partial)
@@ -94,12 +96,15 @@ def save(
     return Path(folder)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether `save` wrote the folder and nobody put other files into it."""
-    readme = folder / "README.md"
-    if not readme.is_file() or not is_ours(load_card(readme).text):
-        return False
+def _found(folder: Path) -> tuple[ModelCard | None, Mapping[str, Any] | None]:
+    """The card in a folder, if it has our part, and what was recorded with it; nothing of what cannot be read."""
     try:
-        return set(files_of(folder)) <= set(read_manifest(folder)["files"])
+        card = load_card(folder / "README.md")
+    except (OSError, ValueError):
+        return None, None
+    if not is_ours(card.text):
+        return None, None
+    try:
+        return card, read_manifest(folder)
     except ValueError:
-        return False
+        return card, None

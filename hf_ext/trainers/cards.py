@@ -12,7 +12,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ext.model_cards.beside import write_card
-from hf_ext.model_cards.markers import load_card
 
 
 class CardMixin(Trainer):
@@ -50,14 +49,16 @@ class CardMixin(Trainer):
         """As `Trainer`'s, with our card beside the model."""
         folder = Path(output_dir or str(self.args.output_dir))
         readme = folder / "README.md"
-        before = str(load_card(readme)) if readme.is_file() else None
+        before = readme.read_bytes() if readme.is_file() else b""
         super().save_model(output_dir, _internal_call)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR) or not self.is_world_process_zero() or self._is_sharded():
             return
         try:
-            write_card(self, folder, before=before or "")
+            write_card(self, folder, before=before.decode("utf-8"))
         except ValueError as error:
             # The model is saved; a card can be written later.
+            if before:
+                readme.write_bytes(before)
             warnings.warn(f"no card was written into {folder}: {error}", stacklevel=2)
 
     def _is_sharded(self) -> bool:

@@ -88,11 +88,35 @@ def score(card: object) -> dict[str, bool]:
     return {section.name: bool(content(found, section)) for section in SECTIONS}
 
 
+def leaves(text: str) -> list[tuple[int, str, str]]:
+    """(level, line of the heading, what stands between it and the next heading), which put together are `text`; level 0 is what stands before the first."""
+    found: list[tuple[int, str, list[str]]] = [(0, "", [])]
+    fenced = False
+    for line in text.splitlines(keepends=True):
+        fenced ^= line.lstrip().startswith("```")
+        heading = None if fenced else _heading(line)
+        if heading is None:
+            found[-1][2].append(line)
+        else:
+            found.append((heading[0], line, []))
+    return [(level, heading, "".join(lines)) for level, heading, lines in found]
+
+
+def without_comments(text: str) -> str:
+    """`text` without HTML comments."""
+    # Plain string methods: patterns with two repetitions side by side take quadratic time on a long line or comment.
+    kept, start = [], 0
+    while (begin := text.find("<!--", start)) >= 0 and (end := text.find("-->", begin + 4)) >= 0:
+        kept.append(text[start:begin])
+        start = end + 3
+    return "".join([*kept, text[start:]])
+
+
 def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
     """(heading in lower case, lines down to the next heading of its level or above, without deeper headings)."""
     open_parts: list[tuple[int, str, list[str]]] = []
     fenced = False
-    for line in _without_comments(text).splitlines():
+    for line in without_comments(text).splitlines():
         fenced ^= line.lstrip().startswith("```")
         heading = None if fenced else _heading(line)
         if heading is None:
@@ -107,15 +131,7 @@ def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
         yield open_parts.pop()[1:]
 
 
-# Plain string methods in what follows: patterns with two repetitions side by side take quadratic time on a long line or comment.
-def _without_comments(text: str) -> str:
-    kept, start = [], 0
-    while (begin := text.find("<!--", start)) >= 0 and (end := text.find("-->", begin + 4)) >= 0:
-        kept.append(text[start:begin])
-        start = end + 3
-    return "".join([*kept, text[start:]])
-
-
+# Plain string methods here, too.
 def _heading(line: str) -> tuple[int, str] | None:
     """Level and title in lower case of a heading with number signs."""
     title = line.lstrip("#")
