@@ -100,7 +100,9 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     target.add_argument("target", metavar="PATH_OR_REPO")
 
     build = actions.add_parser(
-        "build", parents=[target], help="write a card, also for what was not made with hf_ext; what is not said now stays as it was"
+        "build",
+        parents=[target],
+        help="write a card, also for what was not made with hf_ext; what is not said now stays as it was",
     )
     for name in ("base-model", "license", "evaluated-on", "intended-use", "out-of-scope", "factors", "ethics"):
         build.add_argument(f"--{name}")

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_ext.model_cards.card import NO_TRAINING
 from hf_ext.model_cards.facts.cost import Cost
 from hf_ext.model_cards.markers import BEGIN, END, is_ours, our_part, run_note_of, span, with_run_note
 from hf_ext.model_cards.rules.sections import UNSTATED, leaves
+from hf_ext.model_cards.rules.yaml_text import load
 from hf_ext.model_cards.running import NOT_RUN, code_of
 from hf_ext.model_cards.stock import without_template
 from hf_ext.registry import METHODS
@@ -107,7 +109,13 @@ def _card(ours: ModelCard, theirs: ModelCard, data: dict[str, Any], results: lis
     rest = {key: value for key, value in data.items() if key not in ("model-index", "model_name")}
     name = ours.data.get("model_name") or (theirs.data if results else data).get("model_name")
     metadata = ModelCardData(**rest, model_name=name, eval_results=results or None)
-    return ModelCard(f"---\n{metadata}\n---\n{text}")
+    # In the order that is there, so that the same card gives the same bytes.
+    return ModelCard(f"---\n{metadata.to_yaml(original_order=_keys(theirs))}\n---\n{text}")
+
+
+def _keys(card: ModelCard) -> list[str]:
+    block = REGEX_YAML_BLOCK.search(card.content)
+    return list(load(block[2]) or ()) if block else []
 
 
 def _theirs(ours: ModelCard, theirs: ModelCard, before: Mapping[str, Any]) -> dict[str, Any]:
