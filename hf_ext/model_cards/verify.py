@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from hf_ext.model_cards import running
 from hf_ext.model_cards.facts.base_model import REPO_ID, file_digest
 from hf_ext.model_cards.loading import load
 from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
+from hf_ext.model_cards.markers import load_card, our_part
 from hf_ext.model_cards.probe import Probe, repeat
 from hf_ext.model_cards.rules.folder import PICKLES
-from hf_ext.model_cards.running import SnippetError, code_of
+from hf_ext.model_cards.running import code_of
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,18 @@ def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_mode
     recorded = manifest["snippet"]
     if not (folder / "README.md").is_file():
         return Check("code", False, "README.md is missing")
-    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-    code = code_of(card.text)
-    if recorded is None or code is None:
-        return Check("code", None, "it was not run before publishing")
+    card = load_card(folder / "README.md")
     names = {repo_id: "."} if repo_id else {}
     if isinstance(base_model, str):
-        names[str(card.data.get("base_model") or "base")] = str(Path(base_model).absolute())
+        # An id stays one: the code finds it in the local cache.
+        place = str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model
+        names[str(card.data.get("base_model") or "base")] = place
     try:
+        code = code_of(our_part(card.text))
+        if recorded is None or code is None:
+            return Check("code", None, "it was not run before publishing")
         run = running.run_snippet(code, folder, names)
-    except SnippetError as error:
+    except ValueError as error:
         return Check("code", False, str(error))
     same = run.digest == recorded["output_sha256"]
     return Check("code", same, "prints what it printed" if same else f"prints something else: {run.output[:200]}")

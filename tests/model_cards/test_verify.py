@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 from hf_ext import LorVpConfig
 from hf_ext.model_cards import save, verify
 from hf_ext.model_cards.manifest import FILE
+from hf_ext.model_cards.markers import BEGIN
 from hf_ext.model_cards.probe import Probe, record
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, roselora_model
@@ -216,6 +217,23 @@ def test_code_that_prints_something_else(adapter):
     (folder / FILE).write_text(json.dumps(manifest))
     checks = {check.name: check for check in verify(folder, base_model=base, run_snippet=True).checks}
     assert checks["code"].holds is False and "prints something else" in checks["code"].found
+
+
+def test_the_code_is_that_of_our_part_with_the_base_model_given(tmp_path):
+    """People may put code of their own in front of it; a base model is a folder, or an id, for which the local cache is asked."""
+    code = 'from pathlib import Path\nbase = Path("user/base")\nprint(base.is_dir() == base.is_absolute())'
+    card = ModelCard(f"---\nbase_model: user/base\n---\n# T\n\n```python\n{code}\n```\n")
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    folder = save(model, tmp_path / "adapter", card, run_snippet=True)
+    readme = folder / "README.md"
+    front = f"# Theirs\n\n```python\nprint(1)\n```\n\n{BEGIN}"
+    readme.write_text(readme.read_text().replace(BEGIN, front))
+    assert verify(folder, base_model=str(tmp_path / "base"), run_snippet=True).holds
+    assert found(verify(folder, base_model="user/base", run_snippet=True))["code"]
+    readme.write_text(readme.read_text() + BEGIN)
+    assert "FAILS: code: README.md" in str(verify(folder, base_model=base, run_snippet=True))
 
 
 def test_no_card(adapter):
