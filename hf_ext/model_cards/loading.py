@@ -11,10 +11,11 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_ext.model_cards.facts.base_model import BaseModel
 from hf_ext.model_cards.facts.records import Facts
+from hf_ext.model_cards.facts.settings import as_text
 from hf_ext.registry import METHODS, Method
 
 # Stands for the repository until `publish` knows its id: Python that works inside the saved folder.
@@ -162,6 +163,31 @@ def load(
         # Of another base model, which somebody chose, the commit says nothing.
         settings["revision"] = recorded["base_commit"]
     return PeftModel.from_pretrained(cls.from_pretrained(named, **settings), str(folder))
+
+
+def outline(folder: Path, base_model: str | None) -> nn.Module:
+    """The base model of a saved adapter, without its weights: modules and sizes as its configuration has them.
+
+    Args:
+        base_model: a folder or a Hub id; what `adapter_config.json` names if absent.
+
+    Raises:
+        ValueError: the base model is not known, or transformers has no such class.
+    """
+    adapter = PeftConfig.from_pretrained(str(folder))
+    named = base_model or adapter.base_model_name_or_path
+    if named is None:
+        raise ValueError("the adapter does not name its base model; pass base_model=")
+    config = AutoConfig.from_pretrained(named, trust_remote_code=False)
+    architecture = (adapter.auto_mapping or {}).get("base_model_class")
+    if architecture is None and adapter.task_type is None:
+        architecture = (config.architectures or ["AutoModel"])[0]
+    if architecture is not None and architecture not in dir(transformers):
+        raise ValueError(f"transformers has no model class {architecture!r}; upgrade it")
+    facts = Facts(BaseModel(), architecture or "", (), {}, task_type=as_text(adapter.task_type))
+    cls = getattr(transformers, facts.auto_class)
+    with torch.device("meta"):
+        return cls(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config)
 
 
 def _twin(model: nn.Module) -> nn.Module:

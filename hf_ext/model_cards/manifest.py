@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / FILE
     if not file.is_file():
-        raise ValueError(f"{FILE} is missing: only what `save` or `publish` of hf_ext wrote can be verified.")
+        raise ValueError(f"{FILE} is missing: `save` and `publish` of hf_ext write it.")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         schema = manifest["schema"]
@@ -56,6 +56,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{FILE} has schema {schema!r}, this version of hf_ext reads {SCHEMA}; upgrade hf_ext.")
     files, model, snippet = (manifest.get(key) for key in ("files", "model", "snippet"))
     sound = {
+        "card": isinstance(manifest.get("card"), dict),
         "files": isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()),
         "model": isinstance(model, dict)
         and isinstance(model.get("class", 0), str | NoneType)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -35,6 +36,10 @@ _REMEDIES = {
     412: "someone else committed in the meantime; publish again to build on their commit",
     429: "too many requests; wait and publish again",
 }
+
+
+# The second is that of httpx or httpx2, which one depending on huggingface_hub; uploads that break off are a RuntimeError.
+_BROKEN = (OSError, HfHubHTTPError.__mro__[1], RuntimeError)
 
 
 class PublishError(RuntimeError):
@@ -159,6 +164,8 @@ def _united_with_remote(
 ) -> ModelCard:
     try:
         existing = api.hf_hub_download(repo_id, "README.md", revision=head)
+    except LocalEntryNotFoundError:  # nothing is known of it: the Hub did not answer
+        raise
     except EntryNotFoundError:
         return card
     return merge(card, load_card(Path(existing)), before and before["card"])
@@ -169,6 +176,8 @@ def _remote_manifest(api: HfApi, repo_id: str, head: str | None) -> Mapping[str,
     try:
         file = Path(api.hf_hub_download(repo_id, MANIFEST, revision=head))
         return read_manifest(file.parent)
+    except LocalEntryNotFoundError:
+        raise
     except (EntryNotFoundError, ValueError):
         return None
 
@@ -185,18 +194,22 @@ def _leftovers(
 
 @contextmanager
 def _explained(api: HfApi, repo_id: str, step: str, commit: tuple[str | None, str | None] | None) -> Iterator[None]:
-    """Turn whatever a remote step raises into a `PublishError` that says how things stand."""
+    """Turn what the Hub or the way there makes a remote step raise into a `PublishError` that says how things stand."""
     try:
         yield
     except Exception as error:
-        cause, remedy = _diagnosis(error)
+        diagnosis = _diagnosis(error)
+        if diagnosis is None:
+            raise
+        cause, remedy = diagnosis
         state = "nothing was uploaded" if commit is None else _state(api, repo_id, *commit)
         raise PublishError(
             f"{repo_id} was not published to {api.endpoint}: {step} failed, {cause}. Repository: {state}. Remedy: {remedy}."
         ) from error
 
 
-def _diagnosis(error: Exception) -> tuple[str, str]:
+def _diagnosis(error: Exception) -> tuple[str, str] | None:
+    """Cause and remedy; `None` for a fault that is neither the Hub's nor the network's."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set", "unset it, or write to a folder with `save`"
     root: BaseException | None = error
@@ -211,6 +224,8 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
             f"the Hub or a file in the repository is at odds with the card: {error}",
             "correct that and publish again",
         )
+    if not isinstance(error, _BROKEN):
+        return None
     return (
         f"the connection broke ({type(error).__name__}: {_first_line(error)})",
         "check the network and publish again",

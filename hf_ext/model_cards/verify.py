@@ -12,8 +12,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from hf_ext.model_cards import running
+from hf_ext.model_cards.check import CONFIG, check_adapter
 from hf_ext.model_cards.facts.base_model import REPO_ID, file_digest
-from hf_ext.model_cards.loading import load
+from hf_ext.model_cards.facts.tensors import headers
+from hf_ext.model_cards.loading import load, outline
 from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.markers import load_card, our_part
 from hf_ext.model_cards.probe import Probe, repeat
@@ -62,6 +64,9 @@ def verify(
     2. The model is loaded as the card says and asked the recorded questions: same answers, up to rounding.
     3. With `run_snippet`, the code of the card prints what it printed then.
 
+    Where nothing was recorded, because the model was saved by other means, files and answers are not checked. Instead every safetensors
+    file must be whole, an adapter must pass `check_adapter`, with its base model if that is at hand, and the code, if asked for, must run.
+
     Args:
         folder_or_repo: a folder, or a Hub id.
         base_model: of an adapter: an id, a folder or a loaded model; what the card names if absent.
@@ -69,11 +74,16 @@ def verify(
             rights of its user: only for cards that you trust.
 
     Raises:
-        ValueError: there is no manifest or a damaged one, or neither a folder nor a Hub id.
+        ValueError: the manifest is damaged, there is neither a manifest nor a model in safetensors files, or what is given is neither a folder nor a Hub id.
     """
     folder, repo_id = _located(folder_or_repo, revision, token)
-    manifest = read_manifest(folder)
-    checks = [_files(folder, manifest), _answers(folder, manifest, base_model)]
+    manifest = read_manifest(folder) if (folder / FILE).is_file() else None
+    if manifest is not None:
+        checks = [_files(folder, manifest), _answers(folder, manifest, base_model)]
+    else:
+        checks = [_weights(folder), *_unrecorded("files", "answers")]
+        if (folder / CONFIG).is_file():
+            checks.insert(1, _adapter(folder, base_model))
     checks.append(
         _code(folder, manifest, repo_id, base_model) if run_snippet else Check("code", None, "not asked for")
     )
@@ -90,6 +100,38 @@ def _located(
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"folder_or_repo={repo_id!r} is neither a folder nor a Hub id of the form 'namespace/name'.")
     return Path(snapshot_download(repo_id, revision=revision, token=token)), repo_id
+
+
+def _unrecorded(*names: str) -> list[Check]:
+    return [Check(name, None, f"there is no {FILE}, so nothing was recorded to compare them with") for name in names]
+
+
+def _weights(folder: Path) -> Check:
+    """Whether every file of tensors is whole."""
+    names = [name for name in files_of(folder) if name.endswith(".safetensors")]
+    if not names or not any((folder / name).is_file() for name in (CONFIG, "config.json", "model_index.json")):
+        raise ValueError(
+            f"folder_or_repo={str(folder)!r} has no {FILE}, and no model in safetensors files either; give the folder that a model was saved to."
+        )
+    try:
+        for name in names:
+            headers(folder, name)
+    except ValueError as error:
+        return Check("weights", False, str(error))
+    return Check("weights", True, f"{len(names)} safetensors files open, and are as long as their headers say")
+
+
+def _adapter(folder: Path, base_model: str | nn.Module | None) -> Check:
+    try:
+        check_adapter(folder)
+        try:
+            base = base_model if isinstance(base_model, nn.Module) else outline(folder, base_model)
+        except Exception as error:  # whatever the libraries say of a model that is not there, or not theirs
+            return Check("adapter", True, f"sound by itself; not compared with its base model: {_short(error)}")
+        check_adapter(folder, base)
+    except ValueError as error:
+        return Check("adapter", False, str(error))
+    return Check("adapter", True, "fits its base model")
 
 
 def _files(folder: Path, manifest: dict[str, Any]) -> Check:
@@ -141,8 +183,9 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_model: str | nn.Module | None) -> Check:
-    recorded = manifest["snippet"]
+def _code(
+    folder: Path, manifest: dict[str, Any] | None, repo_id: str | None, base_model: str | nn.Module | None
+) -> Check:
     if not (folder / "README.md").is_file():
         return Check("code", False, "README.md is missing")
     card = load_card(folder / "README.md")
@@ -153,10 +196,12 @@ def _code(folder: Path, manifest: dict[str, Any], repo_id: str | None, base_mode
         names[str(card.data.get("base_model") or "base")] = place
     try:
         code = code_of(our_part(card.text))
-        if recorded is None or code is None:
-            return Check("code", None, "it was not run before publishing")
+        if code is None or (manifest and manifest["snippet"] is None):
+            return Check("code", None, "it was not run before publishing" if code else "the card has none in Python")
         run = running.run_snippet(code, folder, names)
     except ValueError as error:
         return Check("code", False, str(error))
-    same = run.digest == recorded["output_sha256"]
+    if manifest is None:
+        return Check("code", True, "runs; what it printed before was not recorded")
+    same = run.digest == manifest["snippet"]["output_sha256"]
     return Check("code", same, "prints what it printed" if same else f"prints something else: {run.output[:200]}")

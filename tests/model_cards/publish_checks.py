@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 
@@ -222,17 +223,34 @@ def test_an_adapter_gives_way_to_merged_weights(hub, base, repo_id):
         ({"pattern": COMMIT, "status": 403}, "the Hub answered 403.*write token"),
         ({"pattern": COMMIT, "status": 412}, "the Hub answered 412.*someone else committed"),
         ({"pattern": "POST .*/objects/batch", "status": 404}, "the Hub answered 404.*check repo_id"),
+        ({"pattern": "HEAD .*/README.md", "status": 500, "times": 9}, "the Hub answered 500.*nothing was uploaded"),
+        ({"pattern": "HEAD .*/hf_ext_card", "status": 500, "times": 9}, "the Hub answered 500.*nothing was uploaded"),
         ({"pattern": "GET /api/models/", "status": 401}, "the Hub answered 401.*nothing was uploaded"),
         ({"pattern": "PUT /_lfs", "drop": "request", "times": 9}, "uploading failed.*unchanged"),
     ],
 )
-def test_failures_leave_the_repository_as_it_was(hub, published, repo_id, fault, message, monkeypatch):
+def test_failures_leave_the_repository_as_it_was(hub, published, repo_id, fault, message, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     before, refs = published.resolve("main"), dict(published.refs)
     hub.faults.add(**fault)
     with pytest.raises(PublishError, match=f"(?s){repo_id} was not published to {hub.endpoint}: .*{message}"):
         publish(lora_model(seed=1 + len(hub.store.lfs)), repo_id, **MADE_UP)
     assert published.resolve("main") == before and published.refs == refs
+
+
+def test_a_fault_of_the_program_is_no_broken_connection(hub, published, repo_id, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *arguments, **fields: {}["card"])
+    with pytest.raises(KeyError, match="card"):
+        publish(lora_model(), repo_id, **MADE_UP)
+
+
+def test_a_damaged_manifest_is_replaced(hub, published, repo_id):
+    stored = published.resolve("main")
+    damaged = json.dumps({**json.loads(published.files()["hf_ext_card.json"]), "card": "x"}).encode()
+    published.commit("refs/heads/main", {**stored.files, "hf_ext_card.json": Blob(damaged)}, "damaged")
+    publish(lora_model(), repo_id, **MADE_UP)
+    assert published.resolve("main").files == stored.files
 
 
 def test_lost_answer_is_told(hub, published, repo_id):
@@ -333,8 +351,10 @@ def test_the_command_on_a_repository(hub, base, repo_id, capsys):
     publish(lora_model(), f"{repo_id}-ours", **MADE_UP)
     assert main(["card", "verify", f"{repo_id}-ours"]) == 0
     assert "32 as recorded, bit by bit" in capsys.readouterr().out
-    assert main(["card", "verify", repo_id]) == 2
-    assert "hf_ext_card.json is missing" in capsys.readouterr().err
+    lora_model().push_to_hub(f"{repo_id}-stock")
+    assert main(["card", "verify", f"{repo_id}-stock", "--base-model", base]) == 0
+    told = capsys.readouterr().out
+    assert "holds: adapter: fits its base model" in told and "not checked: files: there is no hf_ext_card" in told
 
 
 def test_results_of_a_benchmark(hub, repo_id):

@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMultipleChoice,
     BertForSequenceClassification,
@@ -250,15 +252,83 @@ def test_paths_outside_of_the_folder_are_not_read(adapter):
     assert "missing ../base/config.json" in str(verify(folder, base_model=base))
 
 
+@pytest.fixture
+def stock(tmp_path):
+    """An adapter as PEFT saves it, and the folder of its base."""
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", tmp_path / "base"
+
+
+def test_what_was_not_made_with_us(stock):
+    """Without a manifest: what files and code say of themselves, and what nobody recorded is not claimed."""
+    folder, base = stock
+    code = "```python\nprint(1)\n```\n"
+    (folder / "README.md").write_text(code)
+    for given in (None, str(base), make_tiny_llama()):
+        verification = verify(folder, base_model=given, run_snippet=given is None)
+        assert found(verification) == {
+            **{"weights": True, "adapter": True, "files": None, "answers": None},
+            "code": True if given is None else None,
+        }
+        assert "adapter: fits its base model" in str(verification)
+    assert f"not checked: answers: there is no {FILE}" in str(verification)
+    (folder / "README.md").write_text(code.replace("1", "1 / 0"))
+    assert "ZeroDivisionError" in str(verify(folder, base_model="user/nowhere", run_snippet=True))
+    assert found(verify(base)) == {"weights": True, "files": None, "answers": None, "code": None}
+    assert "adapter: sound by itself; not compared" in str(verify(folder, base_model="user/nowhere"))
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION", None])
+def test_the_outline_of_a_base_model_is_that_of_the_adapters_task(stock, tmp_path, task_type):
+    auto_class = {"SEQ_CLS": AutoModelForSequenceClassification, "FEATURE_EXTRACTION": AutoModel}
+    base = auto_class.get(task_type, AutoModelForCausalLM).from_pretrained(stock[1])
+    get_peft_model(base, LoraConfig(task_type=task_type)).save_pretrained(tmp_path / "other")
+    assert "adapter: fits its base model" in str(verify(tmp_path / "other"))
+
+
+def cut_short(folder, base):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def wider_base(folder, base):
+    make_tiny_llama(hidden_size=32).save_pretrained(base)
+
+
+def another_rank(folder, base):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "failed", "message"),
+    [
+        (cut_short, {"weights", "adapter"}, "damaged or cut short"),
+        (wider_base, {"adapter"}, "maps 64 to 64 features, but this LlamaForCausalLM has 32 to 32"),
+        (another_rank, {"adapter"}, "gives r=3"),
+    ],
+)
+def test_damages_without_a_manifest(stock, damage, failed, message):
+    damage(*stock)
+    verification = verify(stock[0])
+    assert {name for name, holds in found(verification).items() if holds is False} == failed
+    assert message in str(verification) and not verification.holds
+
+
+def test_a_folder_of_something_else(tmp_path, stock):
+    with pytest.raises(ValueError, match=f"no {FILE}, and no model in safetensors"):
+        verify(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is missing"), ("[]", "is not a manifest"), ('{"schema": 9}', "has schema 9"), ("{", "is not a manifest")],
+    [("[]", "is not a manifest"), ('{"schema": 9}', "has schema 9"), ("{", "is not a manifest")],
 )
 def test_damaged_manifests(adapter, content, message):
     folder, _ = adapter
-    (folder / FILE).unlink()
-    if content is not None:
-        (folder / FILE).write_text(content)
+    (folder / FILE).write_text(content)
     with pytest.raises(ValueError, match=message):
         verify(folder)
 
@@ -269,6 +339,8 @@ MISSING = object()
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("card", MISSING),
+        ("card", "x"),
         ("files", None),
         ("files", []),
         ("files", MISSING),
