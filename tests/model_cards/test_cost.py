@@ -93,6 +93,19 @@ def test_memory_of_a_run(tmp_path):
     assert "Peak memory: " in text and "resident, one process" in text and "emissions were not measured" in text
 
 
+@pytest.mark.parametrize(("device", "told"), [("cpu", "resident, one process"), ("cuda:0", "allocated on a GPU")])
+def test_memory_is_that_of_the_device_of_the_run(monkeypatch, device, told):
+    """On a machine with a GPU, whether the run uses it or not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device=None: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device=None: 2e9)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "a GPU")
+    callback, arguments = CostCallback(), SimpleNamespace(device=torch.device(device))
+    callback.on_train_begin(arguments, None, None)
+    callback.on_train_end(arguments, None, None)
+    assert told in callback.cost.sentences[0]
+
+
 def test_energy_of_a_run(tmp_path):
     """With CodeCarbon itself, which needs no network for a given country."""
     card = build_card(run(tmp_path, CostCallback("DEU")))

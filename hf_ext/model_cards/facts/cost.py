@@ -169,8 +169,8 @@ class CostCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cost = None
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
         if self.country is not None and state.is_local_process_zero:
             codecarbon = optional_import("codecarbon", "cards")
             self._tracker = codecarbon.OfflineEmissionsTracker(
@@ -183,14 +183,16 @@ class CostCallback(TrainerCallback):
         if self._tracker is not None:
             self._tracker.stop()
             energy, self._tracker = read_cost(self._tracker.final_emissions_data), None
-        memory, of = _peak_memory()
+        memory, of = _peak_memory(args.device)
         self.cost = replace(energy, peak_memory_gb=round(memory / 1e9, 1), memory_of=of)
 
 
-def _peak_memory() -> tuple[float, str]:
-    """Bytes, and what they are the memory of."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(), f"allocated on {torch.cuda.get_device_name()}, one process"
+def _peak_memory(device: torch.device) -> tuple[float, str]:
+    """Bytes, and what they are the memory of. A run on the CPU of a machine with a GPU has none of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(
+            device
+        ), f"allocated on {torch.cuda.get_device_name(device)}, one process"
     of = f"resident, one process on {platform.machine()}"
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset, of
