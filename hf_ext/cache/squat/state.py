@@ -29,7 +29,9 @@ from hf_ext.kernels.quantize import Quantized
 if TYPE_CHECKING:
     from hf_ext.cache.squat.cache import SQuatCache
 
-FORMAT = "hf_ext.squat_cache.1"
+FORMAT = "hf_ext.squat_cache.2"
+# safetensors writes several keys of metadata in an order that changes, and the same cache is to give the same bytes.
+_KEY = "hf_ext"
 _SIDES = ("keys", "values")
 
 
@@ -41,16 +43,17 @@ def save(cache: SQuatCache, path: str | os.PathLike[str]) -> Path:
         tensors.update({f"{index}.{name}": tensor for name, tensor in _tensors(layer).items()})
         if isinstance(layer, DynamicSlidingWindowLayer):
             lengths[str(index)] = layer.cumulative_length
-    metadata = {
+    told = {
         "format": FORMAT,
-        "settings": json.dumps(dataclasses.asdict(cache.settings)),
-        "model": json.dumps(_identity(cache)),
-        "lengths": json.dumps(lengths),
+        "settings": dataclasses.asdict(cache.settings),
+        "model": _identity(cache),
+        "lengths": lengths,
     }
     target = Path(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         part = Path(folder) / target.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, part, metadata={_KEY: json.dumps(told)})
         os.replace(part, target)
     return target
 
@@ -61,7 +64,7 @@ def settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or no saved cache.
     """
-    return json.loads(_read(path)[0]["settings"])
+    return _read(path)[0]["settings"]
 
 
 def restore(cache: SQuatCache, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
@@ -75,8 +78,8 @@ def restore(cache: SQuatCache, path: str | os.PathLike[str], device: torch.devic
     Raises:
         ValueError: the file is damaged, no saved cache, or belongs to a model of another shape; the message names both shapes.
     """
-    metadata, tensors = _read(path, str(device))
-    theirs, ours = json.loads(metadata["model"]), _identity(cache)
+    told, tensors = _read(path, str(device))
+    theirs, ours = told["model"], _identity(cache)
     if theirs != ours:
         different = ", ".join(
             f"{name} {theirs.get(name)} in the file and {ours[name]} in the model"
@@ -86,27 +89,24 @@ def restore(cache: SQuatCache, path: str | os.PathLike[str], device: torch.devic
         raise ValueError(
             f"{path} belongs to another model: {different}. Load it with the config of the model it was computed with."
         )
-    lengths = json.loads(metadata["lengths"])
     for index, layer in enumerate(cache.layers):
         prefix = f"{index}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
-            _restore(layer, own, lengths.get(str(index)))
+            _restore(layer, own, told["lengths"].get(str(index)))
 
 
-def _read(path: str | os.PathLike[str], device: str | None = None) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata, and the tensors if a device is given."""
+def _read(path: str | os.PathLike[str], device: str | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the file says of itself, and the tensors if a device is given."""
     try:
         with safe_open(path, framework="pt", device=device or "cpu") as file:
-            metadata = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()} if device else {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); compute the cache again.") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is no saved SQuatCache: its format is {metadata.get('format')!r}, expected {FORMAT!r}."
-        )
-    return metadata, tensors
+    if told.get("format") != FORMAT:
+        raise ValueError(f"{path} is no saved SQuatCache: its format is {told.get('format')!r}, expected {FORMAT!r}.")
+    return told, tensors
 
 
 def _identity(cache: SQuatCache) -> dict[str, Any]:

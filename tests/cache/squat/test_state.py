@@ -146,5 +146,11 @@ def test_files_that_do_not_fit(tmp_path):
 def test_a_file_says_what_it_is(tmp_path):
     path = prefilled(llama())[0].save(tmp_path / "prefix")
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["settings"])["bits"] == 4 and json.loads(metadata["model"])["model_type"] == "llama"
+        told = json.loads(file.metadata()["hf_ext"])
+    assert told["settings"]["bits"] == 4 and told["model"]["model_type"] == "llama"
+
+
+def test_the_same_cache_gives_the_same_bytes(tmp_path):
+    """So that publishing it again commits nothing."""
+    cache = prefilled(llama())[0]
+    assert len({cache.save(tmp_path / str(number)).read_bytes() for number in range(4)}) == 1
