@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 
 import pytest
@@ -18,7 +17,7 @@ from hf_ext.model_cards import PublishError, build_card, check_adapter, publish
 from tests.conftest import make_tiny_llama
 from tests.hub.fixtures import ROOT, put_card
 from tests.hub.store import Blob
-from tests.model_cards.tiny import BASE, lora_model, roselora_model, tiny_tokenizer
+from tests.model_cards.tiny import BASE, lora_model, tiny_tokenizer
 
 TOKENS = torch.arange(3, 11)[None]
 COMMIT = "POST .*/commit/"
@@ -70,16 +69,6 @@ def test_one_commit_with_everything(hub, base, repo_id):
         AutoPeftModelForCausalLM.from_pretrained(repo_id),
     ):
         torch.testing.assert_close(loaded.eval()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
-
-
-def test_roselora_snippet_from_the_card_runs(hub, base, repo_id):
-    model = roselora_model()
-    publish(model, repo_id, base_model=base, license="mit", run_snippet=False)
-    card = ModelCard.load(repo_id)
-    scope: dict = {}
-    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], scope)
-    torch.testing.assert_close(scope["model"].eval()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=0)
-    assert {"roselora", f"base_model:adapter:{BASE}"} < set(card.data.tags)
 
 
 def test_publishing_again_commits_nothing(published, repo_id):

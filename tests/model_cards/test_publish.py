@@ -12,7 +12,8 @@ from tests.model_cards.tiny import lora_model
 
 
 def test_publish():
-    run_against_hub(Path(__file__).parent / "publish_checks.py")
+    here = Path(__file__).parent
+    run_against_hub(here / "publish_checks.py", str(here / "flow_checks.py"))
 
 
 def test_offline_mode_is_named():
