@@ -144,9 +144,16 @@ def test_the_wheel_brings_the_compiled_kernels(from_wheel, tmp_path):
 @pytest.mark.slow
 def test_every_name_works_or_says_which_extra_it_needs(from_wheel, tmp_path):
     script = """
-import json, sys
+import json, pathlib, sys
+import torch
+from safetensors.torch import save_file
 import hf_ext
 from hf_ext.cli import main
+
+folder = pathlib.Path("tiny")
+folder.mkdir()
+(folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+save_file({"lm_head.weight": torch.ones(2, 2)}, folder / "model.safetensors", {"format": "pt"})
 
 def problem(name):
     try:
@@ -155,13 +162,15 @@ def problem(name):
         return str(error)
 
 problems = {name: problem(name) for name in hf_ext.__all__}
-codes = [main([*command.split()]) for command in ("methods", "card validate .", "demo")]
+commands = ("methods", "card validate .", "card build tiny --license mit", "card verify tiny", "demo")
+codes = [main([*command.split()]) for command in commands]
 files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "hf_ext"]
 json.dump([problems, codes, files, hf_ext.__version__], open("found.json", "w"))
 """
     run(from_wheel, "-c", script, cwd=tmp_path)
     problems, codes, files, version = json.loads((tmp_path / "found.json").read_text())
-    assert codes == [0, 1, 2]  # an empty folder has no card, and the demo needs a trainer
+    assert codes == [0, 1, 0, 0, 2]  # this folder has no card, and the demo needs a trainer
+    assert "with 4 parameters" in (tmp_path / "tiny" / "README.md").read_text()
     assert all("site-packages" in file and not file.startswith(str(ROOT)) for file in files)
     assert version == hf_ext.__version__ and set(problems) == set(hf_ext.__all__)
     for name, problem in problems.items():

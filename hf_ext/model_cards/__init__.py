@@ -2,7 +2,7 @@
 
 build_card      a complete card from what a model or a trainer knows about itself
 validate        what the Hub would reject and what a reader would miss, offline
-score           which of the nine sections of a model card are filled
+score           which of the nine sections of a model card are there, and which of them state something
 publish, save   model and card together, to the Hub in one commit or to a folder in one rename
 verify          is what was published what the card says?
 check_adapter   is this adapter intact, and made for that base model?

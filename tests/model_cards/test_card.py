@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -21,10 +22,12 @@ from transformers import (
 
 from hf_ext import BaftConfig, LorVpConfig, NeatConfig, _compat, disaggregate
 from hf_ext.model_cards import build_card, score, validate
+from hf_ext.model_cards.rules.sections import SECTIONS
 from hf_ext.registry import METHODS, OVERTONE, ROSELORA
 from tests.conftest import make_tiny_llama
-from tests.model_cards.tiny import AUTHOR, BASE, WORDS, lora_model, roselora_model, tiny_tokenizer
+from tests.model_cards.tiny import AUTHOR, BASE, MEASURED, WORDS, lora_model, roselora_model, tiny_tokenizer
 
+GOLDEN = Path(__file__).parent / "golden" / "lora.md"
 HEADINGS = (
     "Model details",
     "Method",
@@ -54,8 +57,8 @@ def section(card: ModelCard, heading: str) -> str:
     return card.text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-@pytest.fixture(scope="module")
-def lora_card():
+def given_card() -> ModelCard:
+    """Of a LoRA adapter whose author has said everything."""
     return build_card(
         lora_model(r=4, lora_alpha=16),
         base_model="user/tiny-base",
@@ -71,12 +74,36 @@ def lora_card():
     )
 
 
+def without_versions(card: ModelCard) -> str:
+    return re.sub(r"(?m)^(- [\w-]+) \d\S*$", r"\1 VERSION", str(card))
+
+
+@pytest.fixture(scope="module")
+def lora_card():
+    return given_card()
+
+
+def test_the_golden_card(lora_card):
+    """Whole, but for versions. After a change that is meant, `python -m tests.model_cards.test_card` renews it: read the difference."""
+    assert without_versions(lora_card) == GOLDEN.read_text(encoding="utf-8")
+
+
+DETAILS, CAVEATS = "model details", "caveats and recommendations"
+
+
 def test_every_section_is_filled_and_nothing_is_a_placeholder(lora_card):
-    for card in (lora_card, build_card(lora_model()), build_card(roselora_model()), build_card(make_tiny_llama())):
+    for card, stated in (
+        (lora_card, {section.name for section in SECTIONS}),
+        (build_card(lora_model()), {DETAILS}),
+        (build_card(roselora_model()), {DETAILS, CAVEATS}),
+        (build_card(make_tiny_llama()), {DETAILS}),
+    ):
         for heading in HEADINGS:
             assert section(card, heading).strip()
         assert "More Information Needed" not in card.text and "None" not in card.text.replace("None yet", "")
-        assert all(score(card).values()) and len(score(card)) == 9
+        found = score(card)
+        assert all(found.values()) and found.stated == stated
+        assert str(found) == f"9 of 9 sections are there, {len(stated)} stated"
         assert validate(card).errors == []
         assert str(ModelCard(str(card))) == str(card)
         assert "\n\n\n" not in card.text
@@ -324,6 +351,8 @@ def test_sft_run(tmp_path):
     )
     missing = {"section-evaluation-data", "section-training-data", "section-caveats-and-recommendations"}
     assert rules(card) == {*AUTHOR, *missing, "snippet-not-run"}
+    assert score(card).stated == {DETAILS, "metrics", "quantitative analyses"}
+    assert len(score(build_card(trainer, base_model="user/tiny-base", **WORDS, **MEASURED)).stated) == 9
 
 
 def test_overtone_run_with_an_editing_report(tmp_path):
@@ -349,3 +378,7 @@ def test_overtone_run_with_an_editing_report(tmp_path):
     assert report.table() in card.text
     assert OVERTONE.citation in card.text and ROSELORA.citation in card.text
     assert rules(card) == {*AUTHOR, "section-training-data", "snippet-not-run"}
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(without_versions(given_card()), encoding="utf-8")

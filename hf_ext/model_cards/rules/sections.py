@@ -82,10 +82,28 @@ def is_stated(found: Mapping[str, str], section: Section) -> bool:
     return bool(body) and not any(sentence in str(body) for sentence in UNSTATED.values())
 
 
-def score(card: object) -> dict[str, bool]:
-    """Which of the nine sections of a card (a `ModelCard` or its text) hold more than a placeholder."""
+class Score(dict[str, bool]):
+    """Name of a section -> whether it is there.
+
+    Attributes:
+        stated: names of those in which somebody, or something measured, says something.
+    """
+
+    def __init__(self, present: Mapping[str, bool], stated: frozenset[str]) -> None:
+        super().__init__(present)
+        self.stated = stated
+
+    def __str__(self) -> str:
+        return f"{sum(self.values())} of {len(self)} sections are there, {len(self.stated)} stated"
+
+
+def score(card: object) -> Score:
+    """Which of the nine sections of a card (a `ModelCard` or its text) hold more than a placeholder, as a dict, and in `stated` which of them tell
+    something. A section may also say that its author has not: that is honest, and no documentation.
+    """
     found = bodies(str(card))
-    return {section.name: bool(content(found, section)) for section in SECTIONS}
+    present = {section.name: bool(content(found, section)) for section in SECTIONS}
+    return Score(present, frozenset(section.name for section in SECTIONS if is_stated(found, section)))
 
 
 def leaves(text: str) -> list[tuple[int, str, str]]:
