@@ -123,7 +123,11 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
     )
     validate.set_defaults(command=_card, action="check")
 
-    verify = actions.add_parser("verify", parents=[target], help="files, answers and code against what was recorded")
+    verify = actions.add_parser(
+        "verify",
+        parents=[target],
+        help="files, answers and code against what was recorded; without a record, whether weights are whole and an adapter fits its base",
+    )
     verify.add_argument("--base-model", help="folder or Hub id; what the card names if absent")
     verify.add_argument("--run-snippet", action="store_true", help="run the code of the card; only if you trust it")
     verify.set_defaults(command=_card, action="try_again")
