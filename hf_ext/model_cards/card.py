@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_ext.model_cards.facts.base_model import BaseModel
 from hf_ext.model_cards.facts.collect import collect
@@ -224,7 +226,10 @@ def _no_method(facts: Facts) -> str:
     if facts.kind == "pipeline":
         return "The pipeline is not one of `hf_ext`."
     if facts.adapter:
-        return f"The adapter type `{facts.adapter.peft_type}` is PEFT's own; no other method was involved."
+        name = facts.adapter.peft_type
+        if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            return f"PEFT {version('peft')} does not know the adapter type `{name}`: it comes from a later version or another package."
+        return f"The adapter type `{name}` is PEFT's own; no other method was involved."
     return "No method of `hf_ext` was involved."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -107,3 +108,58 @@ def test_validate_and_verify(tmp_path, capsys):
     assert main(["card", "verify", str(folder), "--base-model", str(tmp_path / "base")]) == 1
     assert "FAILS: files: changed adapter_config.json" in capsys.readouterr().out
     assert main(["card", "verify", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", "[]", "adapter_config.json holds a list"),
+        ("adapter_config.json", "{", "adapter_config.json cannot be read"),
+        ("adapter_config.json", "[" * 100_000, "adapter_config.json cannot be read"),
+        ("adapter_config.json", {"peft_type": None}, "adapter_config.json: peft_type=None"),
+        ("adapter_config.json", {"peft_type": 5}, "adapter_config.json: peft_type=5"),
+        ("adapter_config.json", {"auto_mapping": "x"}, "adapter_config.json: auto_mapping='x'"),
+        ("adapter_config.json", {"auto_mapping": {"base_model_class": 5}}, "adapter_config.json: base_model_class=5"),
+        ("adapter_config.json", {"base_model_name_or_path": 5}, "adapter_config.json: base_model_name_or_path=5"),
+        ("adapter_config.json", {"revision": 5}, "adapter_config.json: revision=5"),
+        ("adapter_config.json", {"task_type": "NOPE"}, "adapter_config.json is no configuration of LORA"),
+        ("config.json", "5", "config.json holds a int"),
+        ("config.json", {"_name_or_path": 5}, "config.json: _name_or_path=5"),
+        ("config.json", {"architectures": {"a": 1}}, "config.json: architectures={'a': 1}"),
+        ("config.json", {"architectures": [1]}, "config.json: architectures=[1]"),
+        ("config.json", {"quantization_config": 7}, "config.json: quantization_config=7"),
+        ("model_index.json", {"_name_or_path": 5}, "model_index.json: _name_or_path=5"),
+    ],
+)
+def test_damaged_configurations_are_named(tmp_path, file, content, message):
+    sound = {"peft_type": "LORA"} if file == "adapter_config.json" else {}
+    text = content if isinstance(content, str) else json.dumps(sound | content)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message) + ".*save or fetch the folder again"):
+        build_card(tmp_path)
+
+
+def test_an_adapter_of_a_type_that_nobody_knows_here(tmp_path):
+    config = {"peft_type": "NOPE", "task_type": "CAUSAL_LM", "rank": 3, "x": None, "base_model_name_or_path": "user/b"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    card = build_card(tmp_path, license="mit")
+    assert "| `rank` | `3` |" in card.text and "does not know the adapter type `NOPE`" in card.text
+    assert card.data.base_model == "user/b" and "nope" in card.data.tags
+    assert validate(card).errors == []
+
+
+def test_a_pipeline_with_parts_that_are_none(tmp_path):
+    index = {"_class_name": "P", "unet": [], "vae": ["a"], "size": [1, 2], "text": [None, None], "net": ["lib", "Net"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert "| Components | `net` (Net) |" in build_card(tmp_path).text
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"_name_or_path": 5, "architectures": 5, "vocab_size": "x"}'])
+def test_a_damaged_base_tells_nothing(tmp_path, config):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(config)
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: [a: b: c\n---\n")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    data = build_card(tmp_path).data
+    assert data.base_model is None and data.license is None

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import Cache
 
-from hf_ext.model_cards.facts.base_model import BaseModel, identify
+from hf_ext.model_cards.facts.base_model import BaseModel, config_of, identify
 from hf_ext.model_cards.facts.records import AdapterFacts, Facts, task_of
 from hf_ext.model_cards.facts.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
 from hf_ext.model_cards.facts.tensors import headers
+from hf_ext.model_cards.rules.yaml_text import told
 from hf_ext.registry import METHODS, SQUAT, Method
 from hf_ext.registry import method as method_named
+
+_REMEDY = "save or fetch the folder again"
 
 
 @runtime_checkable
@@ -44,7 +48,7 @@ def collect_artefact(thing: Any, methods: tuple[Method, ...] | None, base_model:
     """Facts of a pipeline, a cache or a folder.
 
     Raises:
-        ValueError: the folder does not exist, or holds none of the files that a library writes.
+        ValueError: the folder does not exist, holds none of the files that a library writes, or a damaged one.
     """
     if is_pipeline(thing):
         return _pipeline(thing, methods, base_model)
@@ -146,60 +150,81 @@ def _cache(cache: Any, methods: tuple[Method, ...] | None, base_model: str | Non
 
 
 def _adapter(folder: Path, methods: tuple[Method, ...] | None, base_model: str | None) -> Facts:
-    config = PeftConfig.from_pretrained(str(folder))
-    base = identify(config.base_model_name_or_path, config.revision, base_model)
-    peft_type = as_text(config.peft_type)
+    file = folder / "adapter_config.json"
+    config = _json(file)
+    name, revision, peft_type, task_type = (
+        _text(config, key, file) for key in ("base_model_name_or_path", "revision", "peft_type", "task_type")
+    )
+    if peft_type is None or not peft_type.isidentifier():
+        raise _damaged(file, "peft_type", peft_type, "the name of a PEFT type")
+    base = identify(name, revision, base_model)
     parameters, size = headers(folder, "adapter_model*.safetensors")
     adapter = AdapterFacts(
         name="default",
         peft_type=peft_type,
-        settings=changed_fields(config, NOT_SETTINGS, (*SHOWN_SETTINGS, *own_fields(config))),
+        settings=_adapter_settings(config, peft_type, file),
         parameters=parameters,
         size=size,
         density=None,
     )
     found = tuple(method for method in METHODS if method.peft_type == peft_type)
+    mapping = _mapping(config, "auto_mapping", file)
     return Facts(
         kind="adapter",
         base=base,
-        architecture=(config.auto_mapping or {}).get("base_model_class") or _architecture(base),
+        architecture=_text(mapping, "base_model_class", file) or _base_architecture(base),
         methods=found if methods is None else methods,
         versions=versions_of("peft"),
         adapter=adapter,
-        task_type=as_text(config.task_type) if config.task_type else None,
+        task_type=task_type,
         tokenizer=_tokenizer(folder) or ("base" if base.has_tokenizer else None),
     )
 
 
-def _architecture(base: BaseModel) -> str:
-    return _first_architecture(base.folder) if base.folder else ""
+def _adapter_settings(config: dict[str, Any], peft_type: str, file: Path) -> dict[str, str]:
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        # Of a newer PEFT or of another package, whose defaults nobody knows here.
+        stated = {key: value for key, value in config.items() if key.isidentifier() and key not in NOT_SETTINGS}
+        return {key: as_text(value) for key, value in stated.items() if value not in (None, {}, [])}
+    try:
+        read = PeftConfig.from_pretrained(str(file.parent))
+    except Exception as error:  # whatever the class makes of values that it does not expect
+        raise ValueError(f"{file.name} is no configuration of {peft_type} ({error}); {_REMEDY}.") from error
+    return changed_fields(read, NOT_SETTINGS, (*SHOWN_SETTINGS, *own_fields(read)))
 
 
-def _first_architecture(folder: Path) -> str:
-    names = _json(folder / "config.json").get("architectures") or [""]
-    return str(names[0])
+def _base_architecture(base: BaseModel) -> str:
+    names = config_of(base.folder).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _model(folder: Path, methods: tuple[Method, ...] | None, base_model: str | None) -> Facts:
-    config = _json(folder / "config.json")
+    file = folder / "config.json"
+    config = _json(file)
     parameters, _ = headers(folder, "*.safetensors")
-    quantized = config.get("quantization_config") or {}
+    names = config.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise _damaged(file, "architectures", names, "a list of names")
+    quantized = _mapping(config, "quantization_config", file)
     return Facts(
-        base=identify(config.get("_name_or_path"), None, base_model),
-        architecture=_first_architecture(folder),
+        base=identify(_text(config, "_name_or_path", file), None, base_model),
+        architecture=names[0],
         methods=methods or (),
         versions=versions_of(),
         parameters=parameters or None,
         quantization=as_text(quantized["quant_method"]) if "quant_method" in quantized else None,
-        task_type=task_of(_first_architecture(folder)),
+        task_type=task_of(names[0]),
         tokenizer=_tokenizer(folder),
     )
 
 
 def _saved_pipeline(folder: Path, methods: tuple[Method, ...] | None, base_model: str | None) -> Facts:
-    index = _json(folder / "model_index.json")
+    file = folder / "model_index.json"
+    index = _json(file)
     name = index["_class_name"] if isinstance(index.get("_class_name"), str) else "DiffusionPipeline"
-    components = {key: str(value[1]) for key, value in index.items() if isinstance(value, list) and value[-1]}
+    # A component is [library, class], and [null, null] where there is none.
+    pairs = {key: value for key, value in index.items() if isinstance(value, list) and len(value) == 2}
+    components = {key: kind for key, (_, kind) in pairs.items() if isinstance(kind, str)}
     settings = {
         key: as_text(value)
         for key, value in index.items()
@@ -208,7 +233,7 @@ def _saved_pipeline(folder: Path, methods: tuple[Method, ...] | None, base_model
     found = tuple(method for method in METHODS if name in method.entry_points)
     return Facts(
         kind="pipeline",
-        base=identify(index.get("_name_or_path"), None, base_model),
+        base=identify(_text(index, "_name_or_path", file), None, base_model),
         architecture=name,
         methods=found if methods is None else methods,
         versions=versions_of("diffusers"),
@@ -224,8 +249,26 @@ def _tokenizer(folder: Path) -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file.name} cannot be read ({error}); save or fetch the folder again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error}); {_REMEDY}.") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{file.name} holds a {type(data).__name__}; it must be a JSON object.")
+        raise ValueError(f"{file.name} holds a {type(data).__name__}, not a JSON object; {_REMEDY}.")
     return data
+
+
+def _text(config: dict[str, Any], key: str, file: Path) -> str | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _damaged(file, key, value, "text")
+    return value
+
+
+def _mapping(config: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise _damaged(file, key, value, "an object")
+    return value
+
+
+def _damaged(file: Path, key: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{file.name}: {key}={told(value)} must be {expected}; correct it, or {_REMEDY}.")

@@ -8,8 +8,12 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from hf_ext.model_cards.rules.yaml_text import load
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
@@ -100,26 +104,38 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _config(folder: Path | None) -> dict:
-    if folder is None or not (folder / "config.json").is_file():
+def config_of(folder: Path | None) -> dict[str, Any]:
+    """What `config.json` of a base model says; nothing where it is absent or damaged, since a card can do without it."""
+    if folder is None:
         return {}
-    return json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _vocab_size(folder: Path | None) -> int | None:
-    return _config(folder).get("vocab_size")
+    size = config_of(folder).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _named_in_config(folder: Path) -> str | None:
-    name = _config(folder).get("_name_or_path") or ""
-    return name if REPO_ID.fullmatch(name) and not Path(name).exists() else None
+    name = config_of(folder).get("_name_or_path")
+    return name if isinstance(name, str) and REPO_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _license(folder: Path | None) -> dict[str, str]:
-    if folder is None or not (folder / "README.md").is_file():
+    """What the base model's card says of its licence; nothing where it cannot be read."""
+    if folder is None:
         return {}
-    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
-    return {key: data[key] for key in LICENSE_KEYS if key in data}
+    try:
+        block = REGEX_YAML_BLOCK.search((folder / "README.md").read_text(encoding="utf-8-sig"))
+        data = load(block[2]) if block else None
+    except (OSError, ValueError):
+        return {}
+    stated = data if isinstance(data, dict) else {}
+    return {key: stated[key] for key in LICENSE_KEYS if isinstance(stated.get(key), str)}
 
 
 def _digest(folder: Path) -> str | None:
