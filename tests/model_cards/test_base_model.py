@@ -57,3 +57,10 @@ def test_digest_changes_with_any_shard(tmp_path):
     two = identify(folder).digest
     (tmp_path / "m" / "2.safetensors").write_bytes(b"3")
     assert len({one, two, identify(folder).digest}) == 3
+
+
+def test_a_large_checkpoint_is_not_read(tmp_path):
+    folder = folder_with_config(tmp_path / "m")
+    with (tmp_path / "m" / "model.safetensors").open("wb") as file:
+        file.truncate(2**28 + 1)
+    assert identify(folder).digest is None

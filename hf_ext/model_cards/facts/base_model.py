@@ -17,8 +17,8 @@ from hf_ext.model_cards.rules.yaml_text import load
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})")
-# Bytes of weights that are read to tell a local copy of a known model from others; it takes about a second.
-_HASHED = 2**30
+# Bytes of weights that are read to tell a local checkpoint from others, so that a card is written within a second.
+_HASHED = 2**28
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -29,7 +29,7 @@ class BaseModel:
     Attributes:
         id: Hub id, if there is one.
         commit: commit hash of the files that were loaded, if known.
-        digest: sha256 over the safetensors files of a local checkpoint; not of a large one that names its origin.
+        digest: sha256 over the safetensors files of a local checkpoint; not of one above 256 MiB.
         license: the licence keys of its model card, if that lies in the local cache or folder.
         vocab_size: from its saved config, if that lies in the local cache or folder.
         folder: where its files lie on this machine, if they do; never told to anybody.
@@ -71,7 +71,7 @@ def identify(name: str | None, revision: str | None = None, explicit: str | None
     repo_id, commit = (f"{snapshot[1]}/{snapshot[2]}", snapshot[3]) if snapshot else (_named_in_config(folder), None)
     if explicit is not None and explicit != repo_id:
         repo_id, commit = explicit, None
-    digest = None if commit or (repo_id and _size(folder) > _HASHED) else _digest(folder)
+    digest = None if commit or _size(folder) > _HASHED else _digest(folder)
     return BaseModel(repo_id, commit, digest, _license(folder), _vocab_size(folder), folder)
 
 
