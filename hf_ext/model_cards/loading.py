@@ -33,6 +33,8 @@ def snippet(facts: Facts, repo_id: str | None) -> str:
         return _pipeline(facts, name)
     if facts.kind == "cache":
         return _cache(facts, name)
+    if facts.library == "sentence-transformers":
+        return _sentence_transformer(facts, name)
     auto_class = facts.auto_class
     writes = auto_class in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM") and facts.tokenizer is not None
     classes = f"{auto_class}, AutoTokenizer" if writes else auto_class
@@ -68,6 +70,21 @@ def _pipeline(facts: Facts, name: str) -> str:
             f"name = {name}",
             f"pipeline = {facts.architecture}.from_pretrained(name)",
             "print(type(pipeline).__name__, sorted(pipeline.components))",
+        ]
+    )
+
+
+def _sentence_transformer(facts: Facts, name: str) -> str:
+    scores = facts.architecture == "CrossEncoder"
+    call = 'predict([("A question?", "Its answer.")])' if scores else 'encode(["Once upon a time"])[0].shape'
+    return "\n".join(
+        [
+            f"from sentence_transformers import {facts.architecture}",
+            "",
+            f"name = {name}",
+            f"model = {facts.architecture}(name)",
+            # Models of images have no tokenizer.
+            f"print(model.{call})" if facts.tokenizer else "print(model)",
         ]
     )
 

@@ -8,10 +8,13 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from hf_ext.cli import main
 from hf_ext.model_cards import build_card, score, validate
+from hf_ext.model_cards.running import code_of
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, tiny_tokenizer
 from tests.pipelines.dice.models import amused_parts
@@ -58,7 +61,7 @@ def test_errors_write_nothing(stock, capsys):
     for words, message in (
         ([str(stock), "--metrics", "absent.json"], "--metrics absent.json"),
         (["a b"], "neither a folder nor a Hub id"),
-        ([str(stock.parent)], "no folder with adapter_config.json"),
+        ([str(stock.parent)], "no folder with adapter_config.json, model_index.json, modules.json or config.json"),
     ):
         assert main(["card", "build", *words]) == 2
         assert message in capsys.readouterr().err
@@ -163,3 +166,64 @@ def test_a_damaged_base_tells_nothing(tmp_path, config):
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     data = build_card(tmp_path).data
     assert data.base_model is None and data.license is None
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny BERT and its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    for part in (BertModel(BertConfig(vocab_size=40, **small)), tiny_tokenizer()):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "output"),
+    [
+        (SentenceTransformer, "sentence-similarity", "(16,)"),
+        (
+            lambda _: SentenceTransformer(modules=[StaticEmbedding(tiny_tokenizer().backend_tokenizer, None, 8)]),
+            "sentence-similarity",
+            "(8,)",
+        ),
+        (lambda folder: CrossEncoder(folder, num_labels=1), "text-ranking", "["),
+        (lambda folder: CrossEncoder(folder, num_labels=3), "text-classification", "[["),
+    ],
+    ids=["transformer", "static", "ranking", "classes"],
+)
+def test_sentence_transformers(bert, tmp_path, monkeypatch, capsys, make, task, output):
+    """The parts behind the transformer, such as the pooling, are loaded by its own library only."""
+    model = make(bert)
+    model.save_pretrained(str(tmp_path))
+    card = build_card(tmp_path, license="mit")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", task)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code_of(card.text), {})
+    assert capsys.readouterr().out.startswith(output)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert f"A `{type(model).__name__}` with {parameters:,} parameters" in card.text
+    (tmp_path / "README.md").write_text(str(card))
+    report = validate(tmp_path)
+    assert report.errors == [] and "library-name" not in {finding.rule for finding in report.warnings}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", {}, "modules.json holds a dict, not a list"),
+        ("modules.json", [5], "modules.json must be a list of objects with a type"),
+        (
+            "config_sentence_transformers.json",
+            {"model_type": "X"},
+            "model_type='X' must be one of SentenceTransformer,",
+        ),
+        ("config.json", {"_name_or_path": 5}, "config.json: _name_or_path=5"),
+    ],
+)
+def test_damaged_sentence_transformers(tmp_path, file, content, message):
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_card(tmp_path)

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import Cache
 
 from hf_ext.model_cards.facts.base_model import BaseModel, config_of, identify
-from hf_ext.model_cards.facts.records import AdapterFacts, Facts, task_of
+from hf_ext.model_cards.facts.records import SENTENCE_CLASSES, AdapterFacts, Facts, task_of
 from hf_ext.model_cards.facts.settings import NOT_SETTINGS, SHOWN_SETTINGS, as_text, changed_fields, own_fields
 from hf_ext.model_cards.facts.tensors import headers
 from hf_ext.model_cards.rules.yaml_text import told
@@ -56,6 +56,8 @@ def collect_artefact(thing: Any, methods: tuple[Method, ...] | None, base_model:
         return _cache(thing, methods, base_model)
     folder = Path(thing)
     for file, read in (
+        # First, since the other files may be those of a part of it.
+        ("modules.json", _sentence_transformer),
         ("adapter_config.json", _adapter),
         ("model_index.json", _saved_pipeline),
         ("config.json", _model),
@@ -63,7 +65,7 @@ def collect_artefact(thing: Any, methods: tuple[Method, ...] | None, base_model:
         if (folder / file).is_file():
             return read(folder, methods, base_model)
     raise ValueError(
-        f"{str(thing)!r} is no folder with adapter_config.json, model_index.json or config.json; give one, or the model itself."
+        f"{str(thing)!r} is no folder with adapter_config.json, model_index.json, modules.json or config.json; give one, or the model itself."
     )
 
 
@@ -218,6 +220,39 @@ def _model(folder: Path, methods: tuple[Method, ...] | None, base_model: str | N
     )
 
 
+def _sentence_transformer(folder: Path, methods: tuple[Method, ...] | None, base_model: str | None) -> Facts:
+    modules, settings = folder / "modules.json", folder / "config_sentence_transformers.json"
+    parts = _json(modules, list)
+    if not all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts):
+        raise ValueError(f"{modules.name} must be a list of objects with a type; {_REMEDY}.")
+    # Earlier versions name no class, and have this one only beside a folder of transformers.
+    name = _text(_json(settings), "model_type", settings) if settings.is_file() else None
+    cls = name or "SentenceTransformer"
+    if cls not in SENTENCE_CLASSES:
+        raise _damaged(settings, "model_type", cls, f"one of {', '.join(SENTENCE_CLASSES)}")
+    kinds = [part["type"].rpartition(".")[2] for part in parts]
+    labels = config_of(folder).get("id2label")
+    classifies = cls == "CrossEncoder" and isinstance(labels, dict) and len(labels) > 1
+    return Facts(
+        base=identify(_origin(folder), None, base_model),
+        architecture=cls,
+        methods=methods or (),
+        versions=versions_of("sentence-transformers"),
+        parameters=headers(folder, "**/model*.safetensors")[0] or None,
+        rows=_component_rows({str(number): kind for number, kind in enumerate(kinds)}, {}),
+        task="text-classification" if classifies else SENTENCE_CLASSES[cls],
+        tokenizer="here" if any(folder.rglob("tokenizer.json")) else None,
+    )
+
+
+def _origin(folder: Path) -> str | None:
+    """What the part that comes from transformers was made from."""
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        if (folder / file).is_file():
+            return _text(_json(folder / file), key, folder / file)
+    return None
+
+
 def _saved_pipeline(folder: Path, methods: tuple[Method, ...] | None, base_model: str | None) -> Facts:
     file = folder / "model_index.json"
     index = _json(file)
@@ -246,13 +281,13 @@ def _tokenizer(folder: Path) -> str | None:
     return "here" if (folder / "tokenizer_config.json").is_file() else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, kind: type = dict) -> Any:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} cannot be read ({error}); {_REMEDY}.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file.name} holds a {type(data).__name__}, not a JSON object; {_REMEDY}.")
+    if not isinstance(data, kind):
+        raise ValueError(f"{file.name} holds a {type(data).__name__}, not a {kind.__name__}; {_REMEDY}.")
     return data
 
 

@@ -38,6 +38,13 @@ _AUTO_CLASSES: tuple[tuple[str, Mapping[str, Any], str | None, str | None], ...]
     ("ImageClassification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "IMAGE_CLS", "image-classification"),
 )
 _FEATURES = "FEATURE_EXTRACTION"
+# Classes of Sentence Transformers and the Hub's tasks.
+SENTENCE_CLASSES = {
+    "SentenceTransformer": "sentence-similarity",
+    "SparseEncoder": "feature-extraction",
+    "MultiVectorEncoder": "feature-extraction",
+    "CrossEncoder": "text-ranking",
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,8 @@ class Facts:
     @property
     def library(self) -> str:
         """`library_name` of the Hub."""
+        if self.architecture in SENTENCE_CLASSES:
+            return "sentence-transformers"
         return {"adapter": "peft", "model": "transformers", "pipeline": "diffusers", "cache": "transformers"}[
             self.kind
         ]

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext.model_cards.facts.tensors import headers
-from hf_ext.model_cards.rules.yaml_text import load
+from hf_ext.model_cards.rules.yaml_text import load, told
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-LIBRARY_FILES = {"adapter_config.json": "peft", "model_index.json": "diffusers"}
+# The file of a library to its name, and to those of libraries that build on it; the first that is there decides.
+LIBRARY_FILES = {
+    "modules.json": ("sentence-transformers", "setfit", "pylate", "model2vec"),
+    "adapter_config.json": ("peft",),
+    "model_index.json": ("diffusers",),
+}
 ADAPTER = "adapter_model.safetensors"
 STATED_PARAMETERS = re.compile(r"^\| Parameters of the adapter \| (\d[\d,]{0,30})\b", re.MULTILINE)
 
@@ -34,10 +39,7 @@ def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], t
     for name in files:
         if name.endswith(PICKLES):
             yield "pickle", f"{name} can run code when it is loaded; save weights as safetensors"
-    for name, library in LIBRARY_FILES.items():
-        if name in files and data.get("library_name") != library:
-            found = data.get("library_name")
-            yield "library-name", f"{name} is present, so library_name should be {library!r}, not {found!r}"
+    yield from _library(files, data.get("library_name"))
     stated = STATED_PARAMETERS.search(text)
     if folder is not None and ADAPTER in files and stated:
         try:
@@ -46,6 +48,13 @@ def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], t
             return
         if found != int(stated[1].replace(",", "")):
             yield "adapter-size", f"the card says {stated[1]} parameters, {ADAPTER} holds {found:,}"
+
+
+def _library(files: list[str], stated: Any) -> Findings:
+    present = next((name for name in LIBRARY_FILES if name in files), None)
+    if present is not None and str(stated).lower() not in LIBRARY_FILES[present]:
+        library = LIBRARY_FILES[present][0]
+        yield "library-name", f"{present} is present, so library_name should be {library!r}, not {told(stated)}"
 
 
 def _eval_results(name: str, file: Path) -> Findings:
