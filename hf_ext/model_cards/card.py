@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -92,6 +93,9 @@ def build_card(
         ValueError: an argument cannot be used; the message names it.
     """
     facts = collect(model_or_trainer, method=method, base_model=base_model, merged=merged)
+    if base_model is None and facts.adapter is None and facts.base.id == repo_id:
+        # A model that was loaded from where it is published is not its own base.
+        facts = replace(facts, base=BaseModel())
     words: dict[str, Any] = {
         "intended_use": _text(intended_use),
         "out_of_scope": _text(out_of_scope),

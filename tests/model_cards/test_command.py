@@ -227,3 +227,11 @@ def test_damaged_sentence_transformers(tmp_path, file, content, message):
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(message)):
         build_card(tmp_path)
+
+
+def test_a_model_is_not_its_own_base(tmp_path):
+    config = {"_name_or_path": "user/me", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert build_card(tmp_path, repo_id="user/other").data.base_model == "user/me"
+    card = build_card(tmp_path, repo_id="user/me")
+    assert card.data.base_model is None and "| Base model |" not in card.text
