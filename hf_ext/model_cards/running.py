@@ -25,7 +25,7 @@ from typing import IO
 from hf_ext.model_cards.rules.leaks import TOKEN, without_paths
 
 NOT_RUN = "This code was generated with the card; it was not run before publishing."
-_BLOCK = re.compile(r"```python[ \t]*\r?\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})[ \t]*([\w.+-]*)")
 _SHOWN = 600
 _MOST = 2**20  # bytes of output
 _POLL = 0.2  # seconds between looks at what was written
@@ -94,8 +94,24 @@ class SnippetRun:
 
 def code_of(text: str) -> str | None:
     """The first Python block of a card."""
-    found = _BLOCK.search(text)
-    return found[1].replace("\r\n", "\n") if found else None
+    return next(iter(python_blocks(text)), None)
+
+
+def python_blocks(text: str) -> list[str]:
+    """The blocks of a card that are fenced, by backquotes or tildes, and said to be Python."""
+    blocks: list[str] = []
+    fence, language, lines = "", "", [""]
+    for line in text.replace("\r\n", "\n").split("\n"):
+        mark = _FENCE.match(line)
+        if mark and not fence:
+            fence, language, lines = mark[1], mark[2].lower(), []
+        elif mark and mark[1].startswith(fence) and not mark[2]:
+            if language in ("python", "python3", "py"):
+                blocks.append("\n".join([*lines, ""]))
+            fence = ""
+        elif fence:
+            lines.append(line)
+    return blocks
 
 
 def run_snippet(code: str, folder: Path, names: Mapping[str, str] | None = None, timeout: float = 600.0) -> SnippetRun:

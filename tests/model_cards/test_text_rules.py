@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
 
 from hf_ext.model_cards import score, validate
 from hf_ext.model_cards.rules.sections import SECTIONS, UNSTATED
+from hf_ext.model_cards.running import code_of
 from tests.model_cards.written import CODE, GOOD_DATA, GOOD_TEXT, SECTION_RULES, card, index, rules, text
 
 
@@ -83,6 +85,23 @@ def test_code_that_loads_more_besides(code):
     for fence in ("python", "py"):
         body = text(How_to_get_started=f"```python\nprompt = 'a'\n```\n\n```{fence}\n{code}\n```")
         assert str(validate(card(body=body), repo_id="user/mine")) == "no findings"
+
+
+@pytest.mark.parametrize(
+    "fence", ["```python", "```Python", "```python title=a", "``` py", "~~~python3", "````python"]
+)
+def test_fences(fence):
+    marks = re.match("[`~]+", fence)[0]
+    code = f"```text\n~~~\n```\n\n{fence}\n{CODE}{marks}"
+    assert code_of(code) == CODE
+    assert str(validate(card(body=text(How_to_get_started=code)))) == "no findings"
+
+
+@pytest.mark.parametrize("code", ["```json\nX\n```", "```python x``` a\nX", "````text\n```python\nX\n```\n````"])
+def test_what_is_no_block_of_python(code):
+    code = code.replace("X\n", CODE)
+    assert code_of(code) is None
+    assert "no-snippet" in rules(validate(card(body=text(How_to_get_started=code))).warnings)
 
 
 def test_a_spanish_word_is_no_placeholder():

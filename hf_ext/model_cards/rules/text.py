@@ -10,10 +10,9 @@ from hf_ext.model_cards.rules.leaks import EMAIL, LOCAL_PATH, login_name, names_
 from hf_ext.model_cards.rules.model_index import is_finite_number, stated_results
 from hf_ext.model_cards.rules.sections import OUT_OF_SCOPE, PLACEHOLDER, SECTIONS, bodies, content, is_stated
 from hf_ext.model_cards.rules.yaml_text import told
-from hf_ext.model_cards.running import NOT_RUN
+from hf_ext.model_cards.running import NOT_RUN, python_blocks
 from hf_ext.registry import METHODS
 
-_BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
 # How code gets a model: with transformers, PEFT and diffusers, Sentence Transformers, vLLM, or file by file.
 _LOADING = re.compile(
     r"\b(?:from_pretrained|pipeline|load_(?!dataset)\w{1,40}|SentenceTransformer|LLM|snapshot_download|hf_hub_download)\("
@@ -120,7 +119,7 @@ def _sections(text: str) -> Findings:
 
 
 def _snippet(text: str, data: dict[str, Any], repo_id: str | None) -> Findings:
-    code = "\n".join(_BLOCK.findall(text))
+    code = "\n".join(python_blocks(text))
     if not _LOADING.search(code):
         yield "no-snippet", "no Python snippet shows how to load the model"
         return
