@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from huggingface_hub import errors
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -160,6 +161,14 @@ def saved_buffers() -> Any:
     from peft.tuners._buffer_dict import BufferDict
 
     return BufferDict(persistent=True)
+
+
+# -- huggingface_hub ---------------------------------------------------------------------------------------------------
+
+
+def is_request_error(error: Exception) -> bool:
+    """Whether a request got no answer. The client, httpx or from huggingface_hub 2 on httpx2, is named in no public place."""
+    return isinstance(error, errors.HTTPError)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"hf-ext: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from hf_ext._compat import is_request_error
+
+        if not is_request_error(error):
+            raise
+        print(f"hf-ext: the Hub cannot be reached: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("hf-ext: interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,12 @@ from tests.cache.squat import models as squat_models
 from tests.trainers.helpers import make_tokenizer
 
 
+def test_a_request_without_an_answer():
+    request = _compat.errors.HTTPError("refused")
+    assert _compat.is_request_error(request) and not _compat.is_request_error(ValueError("x"))
+    assert issubclass(_compat.errors.HfHubHTTPError, type(request))
+
+
 def test_tensors_without_data_see_their_operators():
     """The arguments of an operator, nested ones too, arrive as given, and nothing runs before them."""
 
