@@ -100,7 +100,7 @@ def _read_shapes(folder: Path) -> Shapes:
     """Shapes of the tensors, from the header; a truncated file is noticed because the header gives its length."""
     file = folder / WEIGHTS
     if not file.is_file():
-        unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        unsafe = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
         if unsafe:
             raise ValueError(
                 f"{folder} holds its weights as {', '.join(unsafe)}, which can run code when loaded; ask for the adapter "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import glob
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_ext.model_cards.facts.base_model import REPO_ID
-from hf_ext.model_cards.rules.folder import file_errors, file_warnings
+from hf_ext.model_cards.markers import BEGIN, END
+from hf_ext.model_cards.rules.folder import file_errors, file_warnings, is_read
 from hf_ext.model_cards.rules.leaks import TOKEN
 from hf_ext.model_cards.rules.metadata import metadata_errors, metadata_warnings
 from hf_ext.model_cards.rules.text import text_warnings
@@ -47,7 +48,8 @@ def validate(card: ModelCard | str | Path, *, repo_id: str | None = None) -> Rep
 
     Args:
         card: a `ModelCard`, the text of a README.md, a folder, or a Hub id. A `str` without a line break is a folder if there is
-            one of that name, and otherwise a Hub id, of which the card and the names of files are read.
+            one of that name, and otherwise a Hub id, of which the card, other small text, the adapter's weights up to 64 MiB, and
+            the names of all files are read.
         repo_id: where it is published or will be, so that code which loads something else is noticed.
 
     Raises:
@@ -69,31 +71,30 @@ def validate(card: ModelCard | str | Path, *, repo_id: str | None = None) -> Rep
 
 def _of_folder(folder: Path, repo_id: str | None) -> Report:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    report = Report()
-    report.errors += _findings(file_errors(folder, files))
-    if "README.md" not in files:
-        report.errors.append(
-            Finding("card-missing", f"{folder.resolve().name} has no README.md; write one with `build_card`")
-        )
-        report.warnings += _findings(file_warnings(folder, files, {}, ""))
-        return report
-    _check_file(report, folder / "README.md", folder, files, repo_id)
-    return report
+    return _of_files(folder, files, folder.resolve().name, repo_id)
 
 
 def _of_repo(repo_id: str) -> Report:
-    report, api = Report(), HfApi()
-    files = sorted(api.list_repo_files(repo_id))
-    try:
-        readme = Path(api.hf_hub_download(repo_id, "README.md"))
-    except EntryNotFoundError:
-        report.errors.append(Finding("card-missing", f"{repo_id} has no README.md; write one with `build_card`"))
-        return report
-    _check_file(report, readme, None, files, repo_id)
+    info = HfApi().model_info(repo_id, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    read = [glob.escape(name) for name, size in sizes.items() if name == "README.md" or is_read(name, size)]
+    folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=read))
+    return _of_files(folder, sorted(sizes), repo_id, repo_id)
+
+
+def _of_files(folder: Path, files: list[str], name: str, repo_id: str | None) -> Report:
+    """Of a repository, `folder` holds those of the files that are read."""
+    report = Report()
+    report.errors += _findings(file_errors(folder, files))
+    if "README.md" in files:
+        _check_file(report, folder / "README.md", folder, files, repo_id)
+    else:
+        report.errors.append(Finding("card-missing", f"{name} has no README.md; write one with `build_card`"))
+        report.warnings += _findings(file_warnings(folder, files, {}, ""))
     return report
 
 
-def _check_file(report: Report, readme: Path, folder: Path | None, files: list[str], repo_id: str | None) -> None:
+def _check_file(report: Report, readme: Path, folder: Path, files: list[str], repo_id: str | None) -> None:
     try:
         content = readme.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,9 +117,18 @@ def _check(report: Report, content: str, folder: Path | None, files: list[str], 
     block = REGEX_YAML_BLOCK.search(content)
     text = content[block.end() :] if block else content
     report.errors += _findings(metadata_errors(data))
-    report.warnings += _findings(metadata_warnings(data))
+    report.warnings += _findings(metadata_warnings(data, files))
+    report.warnings += _findings(_markers(text))
     report.warnings += _findings(file_warnings(folder, files, data, text))
     report.warnings += _findings(text_warnings(text, data, repo_id))
+
+
+def _markers(text: str) -> Iterator[tuple[str, str]]:
+    if (text.count(BEGIN), text.count(END)) not in ((0, 0), (1, 1)) or text.find(END) < text.find(BEGIN):
+        yield (
+            "markers",
+            f"{BEGIN} and {END} are not there once each and in this order, so nothing can be published over it; restore or remove both",
+        )
 
 
 def _findings(found: Iterable[tuple[str, str]]) -> list[Finding]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -14,8 +16,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_ext.model_cards import score, validate
+from hf_ext.model_cards.markers import BEGIN, END
+from hf_ext.model_cards.rules.hub_lists import LICENSES, PIPELINE_TAGS
 from hf_ext.model_cards.running import NOT_RUN
 from tests.conftest import make_tiny_llama
+from tests.hub.fixtures import run_against_hub
 from tests.model_cards.tiny import tiny_tokenizer
 from tests.model_cards.written import (
     GOOD_DATA,
@@ -64,6 +69,17 @@ MORE_ERRORS = [
     ("model-index", index("[{value: 1, args: {n: 3}}]")),
     ("metric-value", index("[{type: m, value: [1], args: {n: 3}}]")),
     ("emissions", "co2_eq_emissions: .inf"),
+    ("emissions", "co2_eq_emissions: {emissions: -1}"),
+    ("license-other", "license: [other]\nlicense_link: LICENSE"),
+    ("license-link", "license: [mit, other]\nlicense_name: x\nlicense_link: a file"),
+    ("metric-value", index("[{type: m, value: true, args: {n: 3}}]")),
+]
+# What `ModelCard` of huggingface_hub refuses to read.
+REFUSED = [
+    "model-index: [{results: []}]",
+    "model-index: [{name: a}]",
+    f"model-index: [{{name: a, results: [{{{RESULT.strip().splitlines()[0]}, dataset: {{type: b, name: c}}}}]}}]",
+    index("null"),
 ]
 STRANGE = [
     ("license", "license: {a: b}"),
@@ -112,7 +128,9 @@ WARNINGS = {
     **{rule: text(**{name: None}) for rule, name in SECTION_RULES.items()},
     "no-license": GOOD_TEXT,
     "no-base-model": GOOD_TEXT,
+    "no-library": GOOD_TEXT,
     "library": GOOD_TEXT,
+    "markers": GOOD_TEXT + END + BEGIN,
     "unlearned-adapter": GOOD_TEXT,
     "emissions-region": GOOD_TEXT,
     "no-interval": GOOD_TEXT,
@@ -128,6 +146,7 @@ WARNINGS = {
 WARNING_DATA = {
     "no-license": GOOD_DATA.replace("license: mit\n", ""),
     "no-base-model": GOOD_DATA.replace("base_model: user/base\n", ""),
+    "no-library": GOOD_DATA.replace("library_name: peft\n", ""),
     "library": GOOD_DATA.replace("peft", "peaft"),
     "unlearned-adapter": GOOD_DATA.replace("[hf_ext]", "[unlearning]"),
     "emissions-region": GOOD_DATA + "co2_eq_emissions: {emissions: 3}\n",
@@ -141,6 +160,53 @@ WARNING_DATA = {
 def test_a_good_card_has_no_findings():
     assert str(validate(card())) == "no findings"
     assert str(validate(ModelCard(card()))) == "no findings"
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_model_index_that_cannot_be_read(line):
+    assert rules(validate(card(replaced(line))).errors) == ["model-index"]
+    with pytest.raises(ValueError, match="Invalid `model_index`"):
+        ModelCard(card(replaced(line)))
+
+
+FINE = [
+    *(f"base_model_relation: {relation}" for relation in ("adapter", "finetune", "merge", "quantized")),
+    *(f"language: {code}" for code in ("en", "'no'", "swh", "pt-BR", "zh-Hant", "code", "multilingual", "[en, de]")),
+    *(
+        f"license: other\nlicense_name: x\nlicense_link: {link}"
+        for link in ("https://x.org/a", "LICENSE", "LICENSE.md")
+    ),
+    "license: [mit, apache-2.0]",
+    "base_model: [user/a, gpt2]",
+    "datasets: [user/a, squad]",
+    "new_version: user/b",
+    "library_name: transformers",
+    "co2_eq_emissions: 0",
+    "co2_eq_emissions: {emissions: 2.5, source: CodeCarbon, geographical_location: SWE}",
+    index("[{type: m, name: a, value: '0.5 ± 0.1', args: {n: 3}}]"),
+    index("[{type: m, name: a, value: 0.5, args: {ci95: [1, 2]}}]"),
+    index("[]"),
+    index(result="source: {name: board, url: 'https://x.org'}\n    " + RESULT),
+    index(result="source: {url: 'https://x.org'}\n    " + RESULT),
+    index(result=RESULT.replace("type: b", "type: user/d").replace("name: c", "name: c, revision: abc")),
+    index("[{type: m, name: a, value: 0.5, args: {n: 3}}, {type: k, name: d, value: 0.5, args: {n: 3}}]"),
+    "model-index: [{name: a, results: []}]",
+]
+
+
+@pytest.mark.parametrize("line", FINE)
+def test_these_are_fine(line):
+    assert str(validate(card(replaced(line)))) == "no findings"
+
+
+def test_closed_lists():
+    """Every value is taken, and there are as many as in the Hub's own lists of that commit."""
+    assert (len(LICENSES), len(PIPELINE_TAGS)) == (83, 57)
+    for name in LICENSES:
+        more = "\nlicense_name: x\nlicense_link: LICENSE" if name == "other" else ""
+        assert str(validate(card(replaced(f"license: {name}{more}")))) == "no findings"
+    for name in PIPELINE_TAGS:
+        assert str(validate(card(replaced(f"pipeline_tag: {name}")))) == "no findings"
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
@@ -158,6 +224,7 @@ def test_errors(rule, line):
     assert set(rules(report.warnings)) <= {"no-license"}
 
 
+PICKLED = ["Model.BIN", "a.ckpt", "a.joblib", "a.pickle", "a.pkl", "a.pth", "model.PT"]
 ALIASES = "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 9}]\n" for i in range(9))
 
 
@@ -203,6 +270,21 @@ def test_warnings(rule):
     assert rules(report.warnings) == [rule] and report.errors == []
 
 
+@pytest.mark.parametrize("markers", [BEGIN, END, BEGIN + BEGIN + END, BEGIN + END + END])
+def test_markers_that_are_not_there_once(markers):
+    assert rules(validate(card(body=GOOD_TEXT + markers)).warnings) == ["markers"]
+    assert str(validate(card(body=BEGIN + GOOD_TEXT + END))) == "no findings"
+
+
+@pytest.mark.parametrize("tag", ["adapter", "lora"])
+def test_an_adapter_is_known_by_its_tags_and_files(tag, tmp_path):
+    data = "library_name: transformers\nlicense: mit\n"
+    assert rules(validate(card(f"{data}tags: [{tag}]\n")).warnings) == ["no-base-model"]
+    (tmp_path / "README.md").write_text(card(data))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert rules(validate(tmp_path).warnings) == ["no-base-model", "library-name"]
+
+
 def test_a_token_is_an_error_and_is_not_repeated():
     token = "hf_" + "Ab1" * 11
     report = validate(card(body=f"{GOOD_TEXT}{token} sk-{'aB3' * 10}"))
@@ -228,8 +310,27 @@ def test_folder_rules(tmp_path):
     assert rules(validate(tmp_path).errors) == ["card-missing"]
     (tmp_path / "README.md").write_text(card(replaced("library_name: transformers")))
     (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "training_args.bin").write_bytes(b"")
-    assert rules(validate(str(tmp_path)).warnings) == ["pickle", "library-name"]
+    for name in PICKLED:
+        (tmp_path / name).write_bytes(b"")
+    assert rules(validate(str(tmp_path)).warnings) == ["pickle"] * len(PICKLED) + ["library-name"]
+
+
+def test_leaks_beside_the_card(tmp_path):
+    """In what is published and is text; a vocabulary has pieces of paths, and git's own files stay here."""
+    leaks = '{"a": "/home/jane/x", "b": "hf_' + "Ab1" * 11 + '"}'
+    (tmp_path / "README.md").write_text(card())
+    (tmp_path / ".git").mkdir()
+    for name in ("notes.txt", "args.JSON", "weights.bin.txt", "tokenizer.json", ".git/config.txt", "image.png"):
+        (tmp_path / name).write_text(leaks)
+    (tmp_path / "data.jsonl").write_text(leaks * 2**15)
+    (tmp_path / "fine.json").write_text('{"a": "user/model", "b": "hf_ext", "c": "https://x.org/home/a"}')
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
+    report = validate(tmp_path)
+    assert rules(report.errors) == ["token"] * 3 and rules(report.warnings) == ["local-path"] * 3
+    for finding, name in zip(
+        report.errors + report.warnings, ["args.JSON", "notes.txt", "weights.bin.txt"] * 2, strict=True
+    ):
+        assert finding.message.startswith(name) and "Ab1Ab1" not in finding.message
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -254,6 +355,22 @@ def test_results_of_benchmarks(tmp_path, entries):
     (tmp_path / ".eval_results").mkdir()
     (tmp_path / ".eval_results" / "results.yaml").write_text(entries)
     assert rules(validate(tmp_path).errors) == ["eval-results"]
+
+
+def test_a_result_of_a_benchmark_that_is_fine(tmp_path):
+    (tmp_path / "README.md").write_text(card())
+    (tmp_path / ".eval_results").mkdir()
+    results = tmp_path / ".eval_results" / "results.yaml"
+    for entry in (
+        "- {dataset: {id: a/b, task_id: c}, value: 0}",
+        "- {dataset: {id: a/b, task_id: c}, value: 1, date: x}",
+    ):
+        results.write_text(entry)
+        assert str(validate(tmp_path)) == "no findings"
+
+
+def test_repositories():
+    run_against_hub(Path(__file__).parent / "repository_checks.py")
 
 
 def test_missing_folder(tmp_path):

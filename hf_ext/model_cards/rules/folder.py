@@ -1,4 +1,4 @@
-"""Rules for the files beside a card: each yields (rule, message)."""
+"""Rules for the files beside a card: each yields (rule, message). Of a repository, only those that `is_read` names are at hand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_ext.model_cards.facts.tensors import headers
+from hf_ext.model_cards.rules.leaks import LOCAL_PATH, TOKEN
 from hf_ext.model_cards.rules.yaml_text import load, told
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+# Text that is read for tokens and paths; a vocabulary holds pieces of paths that are nobody's.
+_TEXT = re.compile(r"\.(?:jsonl?|txt|md|ya?ml|toml|ini|cfg|csv|log|py|sh|env)$", re.IGNORECASE)
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"})
+_TEXT_BYTES, _ADAPTER_BYTES = 2**20, 2**26
 # The file of a library to its name, and to those of libraries that build on it; the first that is there decides.
 LIBRARY_FILES = {
     "modules.json": ("sentence-transformers", "setfit", "pylate", "model2vec"),
@@ -23,31 +28,59 @@ STATED_PARAMETERS = re.compile(r"^\| Parameters of the adapter \| (\d[\d,]{0,30}
 Findings = Iterator[tuple[str, str]]
 
 
+def is_read(name: str, size: int) -> bool:
+    """Whether the rules read this file of a repository, besides the card."""
+    if name == ADAPTER:
+        return size <= _ADAPTER_BYTES
+    return _is_text(name) and size <= _TEXT_BYTES
+
+
+def _is_text(name: str) -> bool:
+    # What git and downloads keep there is not published, and the card has rules of its own.
+    aside = name == "README.md" or name.startswith((".git/", ".cache/"))
+    return _TEXT.search(name) is not None and Path(name).name not in _VOCABULARIES and not aside
+
+
 def file_errors(folder: Path, files: list[str]) -> Findings:
-    """Weights that do not load, and results files that the Hub would not read."""
+    """Weights that do not load, results files that the Hub would not read, and access tokens."""
+    for name, text in _texts(folder, files):
+        tokens = sorted({f"{found[:6]}…" for found in TOKEN.findall(text)})
+        if tokens:
+            yield "token", f"{name} contains the access token {', '.join(tokens[:8])}; revoke it"
     for name in files:
         if name.endswith(".safetensors"):
             try:
                 headers(folder, name)
             except ValueError as error:
                 yield "weights-damaged", str(error)
-        if name.startswith(".eval_results/") and name.endswith((".yaml", ".yml")):
+        if name.startswith(".eval_results/") and name.endswith((".yaml", ".yml")) and (folder / name).is_file():
             yield from _eval_results(name, folder / name)
 
 
 def file_warnings(folder: Path | None, files: list[str], data: dict[str, Any], text: str) -> Findings:
     for name in files:
-        if name.endswith(PICKLES):
+        if name.lower().endswith(PICKLES):
             yield "pickle", f"{name} can run code when it is loaded; save weights as safetensors"
     yield from _library(files, data.get("library_name"))
+    for name, content in _texts(folder, files) if folder else ():
+        paths = sorted({found[0] for found in LOCAL_PATH.finditer(content)})
+        if paths:
+            yield "local-path", f"{name} contains {', '.join(map(told, paths[:8]))}: it exists on one machine only"
     stated = STATED_PARAMETERS.search(text)
-    if folder is not None and ADAPTER in files and stated:
+    if folder is not None and (folder / ADAPTER).is_file() and stated:
         try:
             found, _ = headers(folder, ADAPTER)
         except ValueError:  # an error, which `file_errors` tells
             return
         if found != int(stated[1].replace(",", "")):
             yield "adapter-size", f"the card says {stated[1]} parameters, {ADAPTER} holds {found:,}"
+
+
+def _texts(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
+    for name in files:
+        file = folder / name
+        if _is_text(name) and file.is_file() and file.stat().st_size <= _TEXT_BYTES:
+            yield name, file.read_text(encoding="utf-8", errors="replace")
 
 
 def _library(files: list[str], stated: Any) -> Findings:

@@ -33,16 +33,22 @@ def metadata_errors(data: dict[str, Any]) -> Findings:
     yield from _repeated_metrics(results)
 
 
-def metadata_warnings(data: dict[str, Any]) -> Findings:
+def metadata_warnings(data: dict[str, Any], files: list[str]) -> Findings:
     if not data.get("license"):
         yield "no-license", "without `license` nobody may rely on using the model; pass license="
     library = data.get("library_name")
-    if library is not None and not _is_one_of(library, LIBRARIES):
+    if library is None:
+        yield (
+            "no-library",
+            "without `library_name` the Hub shows no code that loads it and counts no downloads; set it",
+        )
+    elif not _is_one_of(library, LIBRARIES):
         yield "library", f"library_name {told(library)} is none that the Hub knows; nobody finds the model by it"
-    tags = data.get("tags")
-    if library == "peft" and data.get("base_model", []) == []:
+    tags = data["tags"] if isinstance(data.get("tags"), list) else []
+    is_adapter = library == "peft" or "adapter" in tags or "lora" in tags or "adapter_config.json" in files
+    if is_adapter and data.get("base_model", []) == []:
         yield "no-base-model", "an adapter without `base_model` cannot be found or loaded; pass base_model="
-    if library == "peft" and isinstance(tags, list) and "unlearning" in tags:
+    if is_adapter and "unlearning" in tags:
         yield (
             "unlearned-adapter",
             "whoever switches the adapter off has what was forgotten; publish the merged weights with merged=True",
@@ -100,7 +106,7 @@ def _license(data: dict[str, Any]) -> Findings:
     for name in _as_list(data.get("license")):
         if not _is_one_of(name, LICENSES):
             yield "license", f"license {told(name)} is not one of the Hub's ids; use `other` with a name and a link"
-    if data.get("license") == "other":
+    if "other" in _as_list(data.get("license")):
         for key in ("license_name", "license_link"):
             if not data.get(key):
                 yield "license-other", f"`license: other` needs `{key}`"
@@ -161,8 +167,8 @@ def _is_language(value: Any) -> bool:
 def _emissions(data: dict[str, Any]) -> Findings:
     stated = data.get("co2_eq_emissions")
     grams = stated.get("emissions") if isinstance(stated, dict) else stated
-    if stated is not None and not is_finite_number(grams):
-        yield "emissions", f"co2_eq_emissions must give grams as a number, not {told(grams)}"
+    if stated is not None and not (is_finite_number(grams) and grams >= 0):
+        yield "emissions", f"co2_eq_emissions must give grams as a number from 0, not {told(grams)}"
 
 
 def _result(result: Result) -> Findings:
@@ -170,7 +176,7 @@ def _result(result: Result) -> Findings:
         yield "source-url", f"{result.place} names a source without its url"
     for metric in result.metrics:
         value = metric["value"]
-        if not isinstance(value, str | bool) and not is_finite_number(value):
+        if not isinstance(value, str) and not is_finite_number(value):
             yield (
                 "metric-value",
                 f"{result.place}: the value of {metric['type']!r} is {told(value)}; it must be one finite number or text",

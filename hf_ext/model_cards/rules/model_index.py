@@ -49,16 +49,18 @@ def stated_results(data: dict[Any, Any]) -> tuple[list[Result], list[str]]:
     if index is not None and not isinstance(index, list):
         return results, ["model-index must be a list of {name, results: [...]}"]
     for model, entry in enumerate(index or []):
-        found = entry.get("results", []) if isinstance(entry, dict) else None
+        found = entry.get("results") if isinstance(entry, dict) else None
         if not isinstance(found, list):
             problems.append("model-index must be a list of {name, results: [...]}")
             continue
+        if not (isinstance(entry.get("name"), str) and entry["name"]):
+            problems.append(f"model-index entry {model} lacks name, which must be text")
         for number, result in enumerate(found):
             place = f"model-index result {number}"
             faults = list(_faults(result))
             problems += [f"{place} {fault}" for fault in faults]
             if not faults:
-                metrics = list(result.get("metrics") or [])
+                metrics = result["metrics"]
                 problems += [
                     f"{place} has a metric without type or value, or with a name that is no text"
                     for metric in metrics
@@ -103,8 +105,8 @@ def _faults(result: Any) -> Iterator[str]:
         entry = result.get(part)
         if not (isinstance(entry, dict) and isinstance(entry.get(key), str) and entry[key]):
             yield f"lacks {part}.{key}, which must be text"
-    if not isinstance(result.get("metrics") or [], list):
-        yield f"must give its metrics as a list, not {told(result['metrics'])}"
+    if not isinstance(result.get("metrics"), list):
+        yield f"must give its metrics as a list, not {told(result.get('metrics'))}"
     if not isinstance(result.get("source") or {}, dict):
         yield f"must give its source as {{name, url}}, not {told(result['source'])}"
 
