@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from hf_ext._compat import is_request_error
 from hf_ext.model_cards.facts.records import Artefact
 from hf_ext.model_cards.manifest import FILE as MANIFEST
 from hf_ext.model_cards.manifest import read_manifest
@@ -36,10 +37,6 @@ _REMEDIES = {
     412: "someone else committed in the meantime; publish again to build on their commit",
     429: "too many requests; wait and publish again",
 }
-
-
-# The second is that of httpx or httpx2, which one depending on huggingface_hub; uploads that break off are a RuntimeError.
-_BROKEN = (OSError, HfHubHTTPError.__mro__[1], RuntimeError)
 
 
 class PublishError(RuntimeError):
@@ -224,7 +221,8 @@ def _diagnosis(error: Exception) -> tuple[str, str] | None:
             f"the Hub or a file in the repository is at odds with the card: {error}",
             "correct that and publish again",
         )
-    if not isinstance(error, _BROKEN):
+    # Uploads that break off are a RuntimeError.
+    if not isinstance(error, OSError | RuntimeError) and not is_request_error(error):
         return None
     return (
         f"the connection broke ({type(error).__name__}: {_first_line(error)})",

@@ -111,7 +111,7 @@ def leaves(text: str) -> list[tuple[int, str, str]]:
     found: list[tuple[int, str, list[str]]] = [(0, "", [])]
     fenced = False
     for line in text.splitlines(keepends=True):
-        fenced ^= line.lstrip().startswith("```")
+        fenced ^= line.lstrip().startswith(("```", "~~~"))
         heading = None if fenced else _heading(line)
         if heading is None:
             found[-1][2].append(line)
@@ -135,7 +135,7 @@ def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
     open_parts: list[tuple[int, str, list[str]]] = []
     fenced = False
     for line in without_comments(text).splitlines():
-        fenced ^= line.lstrip().startswith("```")
+        fenced ^= line.lstrip().startswith(("```", "~~~"))
         heading = None if fenced else _heading(line)
         if heading is None:
             for _, _, lines in open_parts:
