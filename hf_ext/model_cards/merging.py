@@ -29,19 +29,19 @@ _SILENT = (*UNSTATED.values(), *NO_TRAINING.values(), *Cost().sentences)
 # What libraries write themselves; anything else is an author's choice.
 _LIBRARIES = frozenset({"transformers", "peft", "diffusers", "sentence-transformers", "hf_ext"})
 # Where the words of an argument of `build_card` stand in our template, and in the metadata.
-SECTIONS_OF = {
-    "intended_use": "### Intended use",
-    "out_of_scope": "### Out-of-scope use",
-    "factors": "### Factors",
-    "ethics": "### Ethical considerations",
-    "caveats": "### Caveats and recommendations",
-    "datasets": "### Training data",
-    "evaluated_on": "### Testing data",
-    "metrics": "### Results",
-    "contact": "## Contact",
-    "cost": "## Environmental impact",
+_SECTIONS_OF = {
+    "intended_use": ("### Intended use",),
+    "out_of_scope": ("### Out-of-scope use",),
+    "factors": ("### Factors",),
+    "ethics": ("### Ethical considerations",),
+    "caveats": ("### Caveats and recommendations",),
+    "datasets": ("### Training data",),
+    "evaluated_on": ("### Testing data",),
+    "metrics": ("### Testing data", "### Factors", "### Metrics", "### Results"),
+    "contact": ("## Contact",),
+    "cost": ("## Environmental impact",),
 }
-KEYS_OF = {
+_KEYS_OF = {
     **{name: name for name in ("base_model", "license", "license_name", "license_link", "language", "datasets")},
     "cost": "co2_eq_emissions",
     "title": "model_name",
@@ -82,13 +82,13 @@ def update(ours: ModelCard, theirs: ModelCard, given: Mapping[str, Any]) -> Mode
         ValueError: the markers in the existing card are damaged, so that our part cannot be told from theirs.
     """
     said, there = ours.data.to_dict(), _theirs(ours, theirs, {})
-    now = {KEYS_OF[name] for name in given if name in KEYS_OF} & said.keys()
+    now = {_KEYS_OF[name] for name in given if name in _KEYS_OF} & said.keys()
     if there.get("library_name") in _LIBRARIES:
         now.add("library_name")
     data = {**said, **there, **{key: said[key] for key in now}}
     outdated = {method.slug for method in METHODS} if "method" in given else set()
     data["tags"] = _united(said.get("tags", []), [tag for tag in there.get("tags", []) if tag not in outdated])
-    again = {SECTIONS_OF[name] for name in given if name in SECTIONS_OF}
+    again = {heading for name in given for heading in _SECTIONS_OF.get(name, ())}
 
     def kept(heading: str, new: str, old: str) -> bool:
         says_all = set(new.split("\n")) <= set(old.split("\n"))

@@ -22,10 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO
 
+from hf_ext.model_cards.rules.fences import FENCE, closes
 from hf_ext.model_cards.rules.leaks import TOKEN, without_paths
 
 NOT_RUN = "This code was generated with the card; it was not run before publishing."
-_FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})[ \t]*([\w.+-]*)")
 _SHOWN = 600
 _MOST = 2**20  # bytes of output
 _POLL = 0.2  # seconds between looks at what was written
@@ -102,10 +102,10 @@ def python_blocks(text: str) -> list[str]:
     blocks: list[str] = []
     fence, language, lines = "", "", [""]
     for line in text.replace("\r\n", "\n").split("\n"):
-        mark = _FENCE.match(line)
+        mark = FENCE.match(line)
         if mark and not fence:
             fence, language, lines = mark[1], mark[2].lower(), []
-        elif mark and mark[1].startswith(fence) and not mark[2]:
+        elif closes(mark, fence):
             if language in ("python", "python3", "py"):
                 blocks.append("\n".join([*lines, ""]))
             fence = ""

@@ -107,7 +107,7 @@ def test_building_again_keeps_what_a_folder_does_not_tell(tmp_path, capsys):
     (tmp_path / "m.json").write_text(json.dumps({"accuracy": 0.5}))
     assert main(["card", "build", str(folder), "--metrics", str(tmp_path / "m.json"), "--caveats", "This alone."]) == 0
     card = ModelCard.load(folder / "README.md")
-    assert "| accuracy | 0.5 |" in card.text and not card.data.eval_results
+    assert "| accuracy | 0.5 |" in card.text and not card.data.eval_results and "user/probe" not in card.text
     assert "This alone." in card.text and WORDS["caveats"] not in card.text and WORDS["ethics"] in card.text
     # Other weights: what was measured and trained is not true of them.
     (folder / "adapter_model.safetensors").unlink()

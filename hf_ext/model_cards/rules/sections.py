@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from hf_ext.model_cards.rules.fences import with_code
+
 # `todo` in lower case is a word of Spanish and Portuguese.
 PLACEHOLDER = re.compile(r"(?i:\[?more information needed\]?)|\bTODO\b|\bTBD\b|\bFIXME\b")
 # What the template says where the author said nothing: true, so no placeholder, but a gap that `validate` names.
@@ -109,10 +111,8 @@ def score(card: object) -> Score:
 def leaves(text: str) -> list[tuple[int, str, str]]:
     """(level, line of the heading, what stands between it and the next heading), which put together are `text`; level 0 is what stands before the first."""
     found: list[tuple[int, str, list[str]]] = [(0, "", [])]
-    fenced = False
-    for line in text.splitlines(keepends=True):
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
-        heading = None if fenced else _heading(line)
+    for line, is_code in with_code(text.splitlines(keepends=True)):
+        heading = None if is_code else _heading(line)
         if heading is None:
             found[-1][2].append(line)
         else:
@@ -133,10 +133,8 @@ def without_comments(text: str) -> str:
 def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
     """(heading in lower case, lines down to the next heading of its level or above, without deeper headings)."""
     open_parts: list[tuple[int, str, list[str]]] = []
-    fenced = False
-    for line in without_comments(text).splitlines():
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
-        heading = None if fenced else _heading(line)
+    for line, is_code in with_code(without_comments(text).splitlines()):
+        heading = None if is_code else _heading(line)
         if heading is None:
             for _, _, lines in open_parts:
                 lines.append(line)
