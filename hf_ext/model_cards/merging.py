@@ -64,7 +64,7 @@ def merge(ours: ModelCard, theirs: ModelCard, before: Mapping[str, Any] | None =
         before = {key: value for key, value in theirs.data.to_dict().items() if key in _MEASURED}
     said, there = ours.data.to_dict(), _theirs(ours, theirs, before or {})
     data = {**said, **{key: _united(said[key], value) if key in said else value for key, value in there.items()}}
-    results = _results_united(ours, theirs, (before or {}).get("model-index"))
+    results = _results_united(_own(ours), _own(theirs), (before or {}).get("model-index"))
 
     def kept(heading: str, new: str, old: str) -> bool:
         return heading in _WORDS and _is_silent(new) and not _is_silent(old)
@@ -99,10 +99,8 @@ def update(ours: ModelCard, theirs: ModelCard, given: Mapping[str, Any]) -> Mode
         text = with_run_note(text, run_note_of(our_part(theirs.text)) or NOT_RUN)
     text = _united_text(text, theirs.text, kept, more=True)
     measured = given.get("metrics", {})
-    results = [
-        each for each in _results_united(ours, theirs, None) if each in _own(ours) or each.metric_name not in measured
-    ]
-    return _card(ours, theirs, data, results, text)
+    theirs_left = [result for result in _own(theirs) if result.metric_name not in measured]
+    return _card(ours, theirs, data, _results_united(_own(ours), theirs_left), text)
 
 
 def _card(ours: ModelCard, theirs: ModelCard, data: dict[str, Any], results: list[EvalResult], text: str) -> ModelCard:
@@ -149,15 +147,14 @@ def _united(ours: Any, theirs: Any) -> Any:
     return ours + [item for item in theirs if item not in ours]
 
 
-def _results_united(ours: ModelCard, theirs: ModelCard, before: Any) -> list[EvalResult]:
-    """Our results, and those of people on other data or by other metrics."""
-    measured = _own(ours)
+def _results_united(ours: list[EvalResult], theirs: list[EvalResult], before: Any = None) -> list[EvalResult]:
+    """Our results, and those of people on other data or by other metrics, but for those that we wrote before."""
     try:
         written = model_index_to_eval_results(before)[1] if before else []
     except (LookupError, TypeError, AttributeError):
         written = []
-    known = {_measure(result) for result in (*measured, *written)}
-    return measured + [result for result in _own(theirs) if _measure(result) not in known]
+    known = {_measure(result) for result in (*ours, *written)}
+    return ours + [result for result in theirs if _measure(result) not in known]
 
 
 def _own(card: ModelCard) -> list[EvalResult]:
