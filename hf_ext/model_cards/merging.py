@@ -85,6 +85,9 @@ def update(ours: ModelCard, theirs: ModelCard, given: Mapping[str, Any]) -> Mode
     now = {_KEYS_OF[name] for name in given if name in _KEYS_OF} & said.keys()
     if there.get("library_name") in _LIBRARIES:
         now.add("library_name")
+    if "license" in given:
+        # Name and link are those of the licence that was there.
+        there = {key: value for key, value in there.items() if key not in ("license_name", "license_link")}
     data = {**said, **there, **{key: said[key] for key in now}}
     outdated = {method.slug for method in METHODS} if "method" in given else set()
     data["tags"] = _united(said.get("tags", []), [tag for tag in there.get("tags", []) if tag not in outdated])

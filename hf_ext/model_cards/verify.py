@@ -19,7 +19,7 @@ from hf_ext.model_cards.loading import load, outline
 from hf_ext.model_cards.manifest import FILE, files_of, read_manifest
 from hf_ext.model_cards.markers import load_card, our_part
 from hf_ext.model_cards.probe import Probe, repeat
-from hf_ext.model_cards.rules.folder import PICKLES
+from hf_ext.model_cards.rules.folder import LIBRARY_FILES, PICKLES
 from hf_ext.model_cards.running import code_of
 
 
@@ -109,7 +109,7 @@ def _unrecorded(*names: str) -> list[Check]:
 def _weights(folder: Path) -> Check:
     """Whether every file of tensors is whole."""
     names = [name for name in files_of(folder) if name.endswith(".safetensors")]
-    if not names or not any((folder / name).is_file() for name in (CONFIG, "config.json", "model_index.json")):
+    if not names or not any((folder / name).is_file() for name in (*LIBRARY_FILES, "config.json")):
         raise ValueError(
             f"folder_or_repo={str(folder)!r} has no {FILE}, and no model in safetensors files either; give the folder that a model was saved to."
         )

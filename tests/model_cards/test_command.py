@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from hf_ext.cli import main
-from hf_ext.model_cards import build_card, score, validate
+from hf_ext.model_cards import build_card, score, validate, verify
 from hf_ext.model_cards.running import code_of
 from tests.conftest import make_tiny_llama
 from tests.model_cards.tiny import lora_model, tiny_tokenizer
@@ -207,6 +207,7 @@ def test_sentence_transformers(bert, tmp_path, monkeypatch, capsys, make, task, 
     (tmp_path / "README.md").write_text(str(card))
     report = validate(tmp_path)
     assert report.errors == [] and "library-name" not in {finding.rule for finding in report.warnings}
+    assert verify(tmp_path).holds
 
 
 @pytest.mark.parametrize(

@@ -226,4 +226,5 @@ def test_a_licence_of_ones_own(stock, capsys):
     assert main(["card", "build", str(stock), "--license", "other", *more]) == 0
     card = ModelCard.load(stock / "README.md")
     assert card.data.license_name == "mine" and '"user/here"' in card.text
+    assert {"license_name", "license_link"}.isdisjoint(ModelCard(build(stock)).data.to_dict())
     assert build_card(stock, repo_id="user/here").text.count('"user/here"') == card.text.count('"user/here"')

@@ -59,6 +59,16 @@ def test_a_card_that_cannot_be_built_does_not_lose_the_model(trainer, tmp_path):
     assert (tmp_path / "broken" / "adapter_model.safetensors").is_file()
 
 
+def test_a_card_that_cannot_be_read_stays(tmp_path):
+    text = "---\nmodel-index: 5\n---\nOurs.\n"
+    trainer = make_trainer(tmp_path / "run", model=make_tiny_llama())
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "README.md").write_text(text)
+    with pytest.warns(UserWarning, match="no card was written into .*saved: the metadata cannot be read"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved") == text and (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def test_every_trainer_has_it():
     from hf_ext import AdaptiveSVDTrainer, BaftTrainer, FlatTrainer, OvertoneTrainer, RoseRAGTrainer, UnlearnTrainer
 
